@@ -1,0 +1,128 @@
+"""What a loss sees of the data: packed tokens, their sequences and pairs, side inputs and normalisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["OPTIONAL", "PER_SEQUENCE", "SCALAR", "SIDE_INPUTS", "SPREAD", "SUMMED", "Batch"]
+
+# given per token, or per sequence as the sum over its loss tokens
+SUMMED = frozenset({"ref_logp", "old_logp"})
+# given per token, or per sequence as the value of each of its tokens
+SPREAD = frozenset({"advantage", "importance_weight", "row_weight"})
+PER_SEQUENCE = frozenset({"desirable"})
+SCALAR = frozenset({"kl", "shift"})
+SIDE_INPUTS = SUMMED | SPREAD | PER_SEQUENCE | SCALAR
+# a loss that reads one of these has a meaning without it
+OPTIONAL = frozenset({"old_logp", "importance_weight", "row_weight"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a call, or of a chunk of whole horizons, packed sequence after sequence.
+
+    Side inputs are tagged by the shape they were given in, so nothing broadcasts silently: read them with ``token``, ``sequence`` or
+    ``scalar``.
+
+    Attributes:
+        segments: (B,) int64, rows of each sequence; they sum to N.
+        lengths: (B,) int64, loss tokens of each sequence. Equal to ``segments`` unless ``mask`` is given.
+        mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
+        num_tokens, num_sequences, num_pairs, num_chosen_tokens: normalisers of the whole call (or of all ranks, where the caller gave
+            them), never of this chunk.
+        chosen: (N,) bool, True for tokens of the first half of the call's sequences (the chosen answers of pairs).
+        token_lengths: (N,) loss tokens of the sequence that a token belongs to, in the whole call.
+        per_token: side inputs (N,).
+        per_sequence: side inputs (B,).
+        scalars: side inputs ().
+    """
+
+    segments: Tensor  # (B,)
+    lengths: Tensor  # (B,)
+    chosen: Tensor  # (N,)
+    token_lengths: Tensor  # (N,)
+    num_tokens: Tensor  # ()
+    num_sequences: Tensor  # ()
+    num_pairs: Tensor  # ()
+    num_chosen_tokens: Tensor  # ()
+    mask: Tensor | None = None  # (N,)
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def token(self, name: str) -> Tensor | None:
+        """Side input ``name`` per token (N,); None where it was not given.
+
+        Raises:
+            ValueError: given as one sum per sequence, which can't be spread over tokens.
+        """
+        if name in self.per_token:
+            return self.per_token[name]
+        if name not in self.per_sequence:
+            return None
+        if name in SUMMED:
+            raise ValueError(f"this loss reads {name} token by token: got (B,), wanted the shape of labels")
+        return self.spread(self.per_sequence[name])
+
+    def sequence(self, name: str) -> Tensor | None:
+        """Side input ``name`` per sequence (B,), per-token log-probs summed; None where it was not given.
+
+        Raises:
+            ValueError: given per token, where the loss wants one value per sequence.
+        """
+        if name in self.per_sequence:
+            return self.per_sequence[name]
+        if name not in self.per_token:
+            return None
+        if name not in SUMMED:
+            raise ValueError(f"this loss reads {name} per sequence: got one per token, wanted (B,)")
+        return self.sum_per_sequence(self.per_token[name])
+
+    def scalar(self, name: str) -> Tensor | None:
+        """Side input ``name``, a 0-dimensional tensor; None where it was not given."""
+        return self.scalars.get(name)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B,) -> (N,): each token gets the value of its sequence."""
+        return values.repeat_interleave(self.segments, output_size=self.chosen.shape[0])
+
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        """Sum over the tokens that carry loss: (N,) -> (), in float64."""
+        return self._masked(values).sum()
+
+    def mean_tokens(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over the call's loss tokens: (N,) -> (), float64."""
+        return self.sum_tokens(values) / self.num_tokens
+
+    def sum_per_sequence(self, values: Tensor) -> Tensor:
+        """Sum over the loss tokens of each sequence: (N,) -> (B,), in float64.
+
+        float32 sums move a preference margin by 1e-3 at 2,048 tokens.
+        """
+        return torch.segment_reduce(self._masked(values), "sum", lengths=self.segments, unsafe=True, initial=0.0)
+
+    def mean_per_sequence(self, values: Tensor) -> Tensor:
+        """Mean over the loss tokens of each sequence, 0 for an empty one: (N,) -> (B,), float64."""
+        return self.sum_per_sequence(values) / self.lengths.clamp_min(1)
+
+    def mean_sequences(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over the call's sequences: (B,) -> (). Empty sequences count, but add nothing."""
+        return torch.where(self.lengths > 0, values, 0.0).sum() / self.num_sequences
+
+    def mean_pairs(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over the call's pairs: (B/2,) -> (). A pair without any loss token adds nothing."""
+        chosen, rejected = self.halves(self.lengths)
+        return torch.where(chosen + rejected > 0, values, 0.0).sum() / self.num_pairs
+
+    def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen and the rejected half of per-sequence values: (B,) -> (B/2,), (B/2,)."""
+        half = values.shape[0] // 2
+        return values[:half], values[half:]
+
+    def _masked(self, values: Tensor) -> Tensor:
+        values = values.double()
+        return values if self.mask is None else torch.where(self.mask, values, 0.0)

@@ -1,0 +1,83 @@
+"""Terms that several losses share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_po.losses.batch import Batch
+from fused_po.stats import Stats
+
+__all__ = [
+    "entropy_bonus",
+    "importance_ratio",
+    "k3",
+    "log_ratio",
+    "policy_logp",
+    "require_range",
+    "sequence_log_ratio",
+    "sigmoid_loss",
+]
+
+# exp of it is finite in float32 with room for a product
+MAX_LOG_RATIO = 80.0
+
+
+def policy_logp(stats: Stats) -> Tensor:
+    """The policy's log-probs (N,); every loss asks the kernels for them."""
+    assert stats.logp is not None
+    return stats.logp
+
+
+def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
+    """Log-ratio of each sequence to the reference, (B,) float64."""
+    reference = batch.sequence("ref_logp")
+    assert reference is not None
+    return batch.sum_per_sequence(policy_logp(stats)) - reference
+
+
+def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
+    """``logp - other``, clamped to +-80 so that its exponential stays finite; -inf - -inf counts as 0."""
+    difference = torch.where(logp == other, logp - logp.detach(), logp - other)
+    # -inf - -inf is NaN: both give the token no probability, the ratio is 1
+    difference = torch.where((logp == other) & logp.isinf(), 0.0, difference)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def importance_ratio(logp: Tensor, old: Tensor | None) -> Tensor:
+    """``pi / pi_old`` per token; without old log-probs the current ones, detached (value 1, gradient that of logp)."""
+    return log_ratio(logp, logp.detach() if old is None else old).exp()
+
+
+def k3(logp: Tensor, ref: Tensor) -> Tensor:
+    """The KL estimator ``e^{ref - logp} - (ref - logp) - 1`` per token (k3 of Schulman, "Approximating KL Divergence", 2020)."""
+    difference = -log_ratio(logp, ref)
+    return torch.expm1(difference) - difference
+
+
+def entropy_bonus(stats: Stats, batch: Batch, coefficient: float) -> Tensor:
+    """``-coefficient`` times the mean entropy over the call's loss tokens."""
+    assert stats.entropy is not None
+    return -coefficient * batch.mean_tokens(stats.entropy)
+
+
+def sigmoid_loss(logits: Tensor, label_smoothing: float) -> Tensor:
+    """``-(1 - q) log sigmoid(x) - q log sigmoid(-x)``."""
+    loss = -F.logsigmoid(logits)
+    if label_smoothing == 0.0:
+        return loss
+    return (1.0 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logits)
+
+
+def require_range(loss: object, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    """Check a hyper-parameter of a loss.
+
+    Raises:
+        ValueError: it is NaN or lies outside [low, high], or on an excluded lower end.
+    """
+    value = getattr(loss, name)
+    inside = low < value <= high if open_low else low <= value <= high
+    if not inside:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")

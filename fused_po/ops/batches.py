@@ -1,0 +1,182 @@
+"""From a call's labels and side inputs to the ``Batch`` that a loss sees, of the whole call and of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, Batch
+from fused_po.ops.checks import IGNORE, same_device
+from fused_po.ops.planning import Chunk, Plan, Rows
+from fused_po.stats import Stats
+
+__all__ = ["Layout", "Number", "call_batch", "chunk_batch", "masked_stats"]
+
+Number = int | float | Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A planned call: its rows in order, and the sequence of each.
+
+    Attributes:
+        labels: labels as the caller gave them, (B, S) or (N,).
+        rows: all planned rows.
+        row_labels: (N,) labels of the rows.
+        segments: (B,) rows of each sequence.
+        sequence_of: (N,) the sequence of each row.
+        mask: (N,) True where a row carries loss; None where all do.
+    """
+
+    labels: Tensor
+    rows: Rows
+    row_labels: Tensor  # (N,)
+    segments: Tensor  # (B,)
+    sequence_of: Tensor  # (N,)
+    mask: Tensor | None  # (N,)
+
+    @staticmethod
+    def of(labels: Tensor, plan: Plan) -> Layout:
+        """Lay out labels by a plan.
+
+        Raises:
+            ValueError: a plan of other labels.
+        """
+        count = sum(plan.lengths)
+        rows = Rows(((0, count),), plan.rows)
+        if plan.rows is None and count != labels.numel():
+            raise ValueError(f"the plan is of {count} positions, labels have {labels.numel()}: plan and labels belong to different batches")
+        segments = torch.tensor(plan.lengths, dtype=torch.int64).to(labels.device, non_blocking=True)
+        row_labels = rows.gather(labels.reshape(-1))
+        sequences = torch.arange(len(plan.lengths), device=labels.device)
+        sequence_of = sequences.repeat_interleave(segments, output_size=count)
+        mask = row_labels != IGNORE if plan.masked else None
+        return Layout(labels, rows, row_labels, segments, sequence_of, mask)
+
+    def fill(self, values: Tensor) -> Tensor:
+        """Row values (N,) in the shape of labels, 0 where there is no loss; differentiable."""
+        if self.mask is not None:
+            values = torch.where(self.mask, values, torch.zeros_like(values))
+        if self.rows.positions is not None:
+            flat = values.new_zeros(self.labels.numel())
+            values = flat.index_copy(0, self.rows.positions, values)
+        return values.reshape(self.labels.shape)
+
+
+def call_batch(
+    layout: Layout,
+    side_inputs: Mapping[str, Number],
+    num_items: Number | None,
+    num_sequences: Number | None,
+    dtype: torch.dtype,
+) -> Batch:
+    """The batch of the whole call.
+
+    Args:
+        layout: the planned call.
+        side_inputs: by name; see ``fused_po.losses.batch`` for the shapes of each.
+        num_items: number of loss tokens to normalise by; None counts those of the call.
+        num_sequences: number of sequences to normalise by; None counts those of the call.
+        dtype: of side inputs per token; those per sequence become float64.
+
+    Raises:
+        ValueError: a side input of another shape, dtype or device than its name allows.
+    """
+    count = layout.segments.shape[0]
+    device = layout.labels.device
+    lengths = layout.segments
+    if layout.mask is not None:
+        lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
+    sequences = _number(count if num_sequences is None else num_sequences, device).clamp_min(1)
+    per_token: dict[str, Tensor] = {}
+    per_sequence: dict[str, Tensor] = {}
+    scalars: dict[str, Tensor] = {}
+    for name, value in side_inputs.items():
+        tensor = _side_input(name, value, layout, count)
+        if name in SCALAR:
+            scalars[name] = tensor.double()
+        elif tensor.shape == layout.labels.shape and name not in PER_SEQUENCE:
+            rows = layout.rows.gather(tensor.reshape(-1)).to(dtype)
+            # what stands at masked positions must not reach a sum, not even as 0 * nan
+            per_token[name] = rows if layout.mask is None else torch.where(layout.mask, rows, 0.0)
+        elif name in PER_SEQUENCE:
+            per_sequence[name] = tensor
+        else:
+            per_sequence[name] = tensor.double()
+            if name in SPREAD:
+                per_token[name] = tensor.to(dtype).index_select(0, layout.sequence_of)
+    return Batch(
+        segments=layout.segments,
+        lengths=lengths,
+        chosen=layout.sequence_of < count // 2,
+        token_lengths=lengths.index_select(0, layout.sequence_of),
+        num_tokens=_number(lengths.sum() if num_items is None else num_items, device).clamp_min(1),
+        num_sequences=sequences,
+        num_pairs=sequences / 2,
+        num_chosen_tokens=lengths[: count // 2].sum().clamp_min(1),
+        mask=layout.mask,
+        per_token=per_token,
+        per_sequence=per_sequence,
+        scalars=scalars,
+    )
+
+
+def chunk_batch(batch: Batch, chunk: Chunk) -> Batch:
+    """The part of a call's batch that a chunk of whole horizons sees; normalisers stay those of the call."""
+    take = chunk.rows.take
+    by_sequence = Rows(chunk.sequences, None).take
+    # single tokens belong to no sequence here, so what is per sequence stays as it is and can only be refused
+    per_sequence = {name: by_sequence(v) for name, v in batch.per_sequence.items()} if chunk.sequences else batch.per_sequence
+    return replace(
+        batch,
+        segments=by_sequence(batch.segments),
+        lengths=by_sequence(batch.lengths),
+        chosen=take(batch.chosen),
+        token_lengths=take(batch.token_lengths),
+        mask=None if batch.mask is None else take(batch.mask),
+        per_token={name: take(v) for name, v in batch.per_token.items()},
+        per_sequence=per_sequence,
+    )
+
+
+def masked_stats(stats: Stats, mask: Tensor | None) -> Stats:
+    """Statistics with 0 at masked rows, so that no value there reaches a gradient."""
+    if mask is None:
+        return stats
+    return Stats(**{name: torch.where(mask, v, torch.zeros_like(v)) for name, v in stats.present().items()})
+
+
+def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
+    labels = layout.labels
+    if not isinstance(value, Tensor):
+        if name in SCALAR and isinstance(value, (int, float)):
+            return _number(value, labels.device)
+        raise ValueError(f"{name} must be a tensor: got {type(value).__name__}")
+    same_device(labels, **{name: value})
+    wanted: Sequence[tuple[int, ...]]
+    if name in SCALAR:
+        wanted = [()]
+        # a one-element vector is what a mean with keepdim leaves
+        value = value.reshape(()) if value.numel() == 1 else value
+    elif name in PER_SEQUENCE:
+        wanted = [(count,)]
+        if value.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool: got {value.dtype}")
+    else:
+        wanted = [(count,), tuple(labels.shape)]
+    if tuple(value.shape) not in wanted:
+        shapes = " or ".join(str(shape) for shape in dict.fromkeys(wanted))
+        meaning = " (the sum over its loss tokens, or per token)" if name in SUMMED else ""
+        raise ValueError(f"{name} must have shape {shapes}{meaning}: got {tuple(value.shape)}")
+    return value.detach()
+
+
+def _number(value: Number, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"a normaliser must be one number: got shape {tuple(value.shape)}")
+        return value.detach().reshape(()).double().to(device)
+    return torch.tensor(float(value), dtype=torch.float64).to(device, non_blocking=True)

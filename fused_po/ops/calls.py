@@ -1,0 +1,127 @@
+"""What the two operations on hidden states share: their common arguments, checked and laid out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_po.ops.batches import Layout
+from fused_po.ops.checks import check_head, check_labels, check_scalars, row_temperatures
+from fused_po.ops.gradients import Wanted
+from fused_po.ops.head import Head, compute_dtype
+from fused_po.ops.planning import Plan, make_plan, static_plan
+
+__all__ = ["HeadCall", "prepare"]
+
+GIB = 1 << 30
+DEFAULT_SCRATCH_BYTES = {"cpu": GIB // 16}
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """Arguments that are not tensors, or never differentiated."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    compute_dtype: torch.dtype
+    scratch_bytes: int
+    backend: str | None
+    wanted: Wanted
+    plan: Plan
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head as the sweep sees it."""
+        return Head(
+            weight,
+            bias,
+            self.compute_dtype,
+            self.temperature,
+            self.softcap,
+            self.logit_scale,
+            self.scratch_bytes // 8,
+            self.backend,
+        )
+
+    def wanting(self, wanted: Wanted) -> HeadCall:
+        return replace(self, wanted=wanted)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tensors of a call in the shapes that the sweep takes."""
+
+    call: HeadCall
+    layout: Layout
+    hidden: Tensor  # (positions, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperatures: Tensor | None  # (N,)
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    cu_seqlens: Tensor | None,
+    scratch_bytes: int | None,
+    plan: Plan | None,
+    vocab_size: int | None,
+    backend: str | None,
+) -> Prepared:
+    """Check the arguments of an operation on hidden states and lay them out.
+
+    Raises:
+        ValueError: whatever does not fit, with what was got and what was wanted.
+    """
+    check_head(hidden, weight, bias, labels, vocab_size)
+    check_scalars(temperature, softcap, logit_scale)
+    if vocab_size is not None and vocab_size < weight.shape[0]:
+        weight = weight[:vocab_size]
+        bias = None if bias is None else bias[:vocab_size]
+    check_labels(labels, weight.shape[0])
+    if scratch_bytes is None:
+        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
+    if scratch_bytes < 0:
+        raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
+    if plan is None:
+        traced = torch.compiler.is_compiling() or _capturing(hidden)
+        packed = cu_seqlens is not None
+        plan = static_plan(labels, packed) if traced else make_plan(labels, cu_seqlens=cu_seqlens)
+    layout = Layout.of(labels, plan)
+    dtype = compute_dtype(hidden)
+    wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
+    temperatures = row_temperatures(temperature, labels, spread, wide)
+    call = HeadCall(
+        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        dtype,
+        scratch_bytes,
+        backend,
+        wanted,
+        plan,
+    )
+    if temperatures is not None:
+        temperatures = layout.rows.gather(temperatures)
+    return Prepared(call, layout, hidden.reshape(-1, hidden.shape[-1]), weight, bias, temperatures)
+
+
+def _capturing(hidden: Tensor) -> bool:
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _sequence_of_positions(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    if cu_seqlens is None or labels.ndim == 2:
+        return None
+    lengths = cu_seqlens.to(labels.device).diff()
+    sequences = torch.arange(lengths.shape[0], device=labels.device)
+    return sequences.repeat_interleave(lengths, output_size=labels.shape[0])

@@ -1,0 +1,144 @@
+"""Checks of arguments: each failure says what was got and what was wanted."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fused_po.stats import STATISTICS
+
+__all__ = [
+    "IGNORE",
+    "check_cu_seqlens",
+    "check_head",
+    "check_labels",
+    "check_outputs",
+    "check_scalars",
+    "row_temperatures",
+]
+
+# labels with this value carry no loss
+IGNORE = -100
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocab_size: int | None) -> None:
+    """Shapes, dtypes and devices of hidden (B, S, H) or (N, H), weight (V, H), bias (V,), labels (B, S) or (N,).
+
+    Raises:
+        ValueError: anything that does not fit.
+    """
+    if hidden.ndim not in (2, 3) or labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"hidden must be (B, S, H) or (N, H) and labels the same without H: got {_shape(hidden)} and {_shape(labels)}"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]}: got {_shape(weight)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) with V = {weight.shape[0]}: got {_shape(bias)}")
+    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size must lie in [1, {weight.shape[0]}], the rows of weight: got {vocab_size}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
+    same_device(hidden, weight=weight, bias=bias, labels=labels)
+
+
+def same_device(hidden: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError where a tensor lives on another device than the first."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"all tensors must be on one device: the first is on {hidden.device}, {name} on {tensor.device}")
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Labels are int64 classes or -100. Values are looked at on a CPU, elsewhere only with ``FUSED_PO_CHECK=1``.
+
+    Raises:
+        ValueError: wrong dtype, or a label out of range.
+    """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64: got {labels.dtype}")
+    looks = labels.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
+    if not looks or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels must be {IGNORE} or lie in [0, {vocab_size}): got {labels[wrong][0].item()} at {wrong.nonzero()[0].tolist()}"
+        )
+
+
+def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> None:
+    """Numbers of the logit transform.
+
+    Raises:
+        ValueError: a temperature or softcap that is not a positive number, a logit scale that is not finite.
+    """
+    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a positive number: got {temperature}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number or None: got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite: got {logit_scale}")
+
+
+def check_outputs(outputs: tuple[str, ...]) -> None:
+    """Names of statistics.
+
+    Raises:
+        ValueError: a string in place of a tuple, none at all, or an unknown name.
+    """
+    if isinstance(outputs, str) or not outputs:
+        raise ValueError(f"outputs must be a tuple of names from {', '.join(STATISTICS)}: got {outputs!r}")
+    for name in outputs:
+        if name not in STATISTICS:
+            raise ValueError(f"unknown output {name!r}: expected some of {', '.join(STATISTICS)}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
+    """(B + 1,) int64 bounds on the host of packed sequences over ``count`` rows.
+
+    Raises:
+        ValueError: not a 1-D integer tensor from 0 to ``count`` that never decreases.
+    """
+    if cu_seqlens is None:
+        return torch.tensor([0, count])
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be a 1-D integer tensor: got {_shape(cu_seqlens)} {cu_seqlens.dtype}")
+    bounds = cu_seqlens.detach().to("cpu", torch.int64)
+    if bounds[0] != 0 or bounds[-1] != count or bool((bounds.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to {count}, the number of rows: got {bounds.tolist()[:8]}")
+    return bounds
+
+
+def row_temperatures(temperature: float | Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Temperatures per position, flat, in ``dtype``; None where the temperature is one number for all.
+
+    Args:
+        temperature: a number, a 0-dimensional tensor, (B,), or the shape of labels.
+        labels: (B, S) or (N,).
+        spread: for packed labels, the sequence that each position belongs to (N,); None without packing.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    if not isinstance(temperature, Tensor):
+        return None
+    same_device(labels, temperature=temperature)
+    values = temperature.detach().to(dtype)
+    if values.ndim == 0:
+        return values.expand(labels.numel()).contiguous()
+    if values.shape == labels.shape:
+        return values.reshape(-1)
+    if labels.ndim == 2 and values.shape == labels.shape[:1]:
+        return values.unsqueeze(1).expand(labels.shape).reshape(-1)
+    if spread is not None and values.ndim == 1:
+        return values.index_select(0, spread)
+    raise ValueError(f"temperature must be a number, (B,) or the shape of labels {_shape(labels)}: got {_shape(values)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,140 @@
+"""The language-model head: its three GEMMs, the dtypes they run in, and the transform behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels.contract import Span, Transform, accumulation_dtype
+
+__all__ = ["Head", "compute_dtype"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Head:
+    """``x = h W^T + b`` and what turns x into logits.
+
+    Operands are rounded to the compute dtype, products accumulate and come out in the accumulation dtype (float32, or float64 for
+    float64): on a GPU through ``out_dtype``, on a CPU by widening the rounded operands. A weight that is stored in another dtype is
+    cast slice by slice of the vocabulary, never as a whole.
+
+    Attributes:
+        weight: (V, H).
+        bias: (V,) or None.
+        compute_dtype: dtype of the GEMM operands and of gradient tiles.
+        slice_bytes: bound on the memory of one cast slice of the weight.
+        backend: requested kernel backend.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    compute_dtype: torch.dtype
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    slice_bytes: int
+    backend: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def span(self) -> Span:
+        return Span(0, self.vocab_size)
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.compute_dtype)
+
+    def transform(self, temperatures: Tensor | None) -> Transform:
+        """The logit transform of rows with these temperatures (R,)."""
+        return Transform(self.temperature, temperatures, self.softcap, self.logit_scale)
+
+    def logits_into(self, out: Tensor, hidden: Tensor) -> None:
+        """GEMM 1: ``out`` (R, V) <- hidden (R, H) W^T + b, in the accumulation dtype."""
+        hidden = self._operand(hidden)
+        for columns, weight in self._slices():
+            self._matmul_into(out[:, columns], hidden, weight.t())
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def hidden_grad(self, tile: Tensor) -> Tensor:
+        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype."""
+        result: Tensor | None = None
+        for columns, weight in self._slices():
+            operand = self._operand(tile[:, columns])
+            if result is None:
+                result = tile.new_empty((tile.shape[0], weight.shape[1]), dtype=self.accumulation_dtype)
+                self._matmul_into(result, operand, weight)
+            else:
+                self._matmul_add(result, operand, weight)
+        assert result is not None
+        return result
+
+    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor) -> None:
+        """GEMM 3: grad (V, H) += tile^T (V, R) rows (R, H), in the accumulation dtype."""
+        rows = self._operand(rows)
+        for columns in self._columns(self._math_dtype != tile.dtype):
+            self._matmul_add(grad[columns], self._operand(tile[:, columns]).t(), rows)
+
+    def add_bias_grad(self, grad: Tensor, tile: Tensor, coefficient: Tensor | None) -> None:
+        """grad (V,) += tile^T coefficient, with coefficient (R,) or all ones."""
+        for columns in self._columns(grad.dtype != tile.dtype):
+            part = tile[:, columns].to(grad.dtype)
+            if coefficient is None:
+                grad[columns] += part.sum(0)
+            else:
+                grad[columns].addmv_(part.t(), coefficient)
+
+    @property
+    def _math_dtype(self) -> torch.dtype:
+        """The dtype of the operands as the BLAS sees them: CPUs have no half-precision product with a wide result."""
+        on_cpu = self.weight.device.type == "cpu"
+        return torch.float32 if on_cpu and self.compute_dtype in _HALF else self.compute_dtype
+
+    def _operand(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.compute_dtype).to(self._math_dtype)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the product, cast slice by slice where it is stored in another."""
+        for columns in self._columns(self.weight.dtype != self._math_dtype):
+            yield columns, self._operand(self.weight[columns])
+
+    def _columns(self, casts: bool) -> Iterator[slice]:
+        vocab, width = self.weight.shape
+        step = vocab
+        if casts:
+            step = min(vocab, max(1, self.slice_bytes // (4 * max(1, width))))
+        for first in range(0, vocab, step):
+            yield slice(first, min(first + step, vocab))
+
+    def _matmul_into(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if not out.is_contiguous():
+            # a slice of columns: BLAS writes whole rows
+            part = out.new_empty(out.shape)
+            self._matmul_into(part, a, b)
+            out.copy_(part)
+        elif a.dtype != out.dtype:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+    def _matmul_add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype != out.dtype:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            out.addmm_(a, b)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of GEMM operands: that of autocast where it is on, else that of the hidden states."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype

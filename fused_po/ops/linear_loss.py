@@ -1,0 +1,227 @@
+"""``linear_loss``: hidden states, head and loss in one pass; the gradient is made in the forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels.contract import Coefficients
+from fused_po.losses.contract import Batch, Loss
+from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
+from fused_po.ops.calls import HeadCall, prepare
+from fused_po.ops.coefficients import coefficients
+from fused_po.ops.gradients import Gradients
+from fused_po.ops.head import Head
+from fused_po.ops.planning import Chunk, Plan, Rows, cut
+from fused_po.ops.sweep import Budget, Sweep, Workspace
+from fused_po.stats import STATISTICS, Stats
+
+__all__ = ["LossOutput", "linear_loss"]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What ``linear_loss`` returns.
+
+    Attributes:
+        loss: (), float32 (float64 for float64); call ``.backward()`` on it, once.
+        metrics: detached scalars, named as TRL names them.
+        stats: detached, in the shape of labels, those statistics that the loss reads; 0 where ignored.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    stats: Stats
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    num_items: Number | None = None,
+    num_sequences: Number | None = None,
+    scratch_bytes: int | None = None,
+    plan: Plan | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    **side_inputs: Number,
+) -> LossOutput:
+    """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
+
+    The call is cut into chunks of whole horizons of the loss (tokens, sequences, pairs, ...). A horizon larger than ``scratch_bytes`` still
+    costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call is that one horizon, else 4 less the share of
+    its tiles that fit.
+
+    Args:
+        hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point. Pairs: first half of the sequences chosen, second half rejected.
+        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of hidden).
+        labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
+        loss: from ``fused_po.losses.create``.
+        bias: (V,) or None.
+        temperature: T > 0, a number, (B,), or the shape of labels.
+        softcap: caps logits (Gemma 2: 30.0); None does not.
+        logit_scale: multiplies the raw logits (Cohere, Granite).
+        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
+        num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this call.
+        num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
+        scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB on a GPU, 64 MiB on a
+            CPU. Less than one row needs is raised to one row.
+        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes alone).
+        vocab_size: classes, where the weight has padded rows behind them; default V.
+        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens, or per token in the
+            shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
+
+    Returns:
+        LossOutput.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels, numbers or side inputs that do not fit the call or the loss.
+    """
+    if not isinstance(loss, Loss):
+        raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
+    loss.check(frozenset(side_inputs))
+    ready = prepare(
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, cu_seqlens, scratch_bytes, plan, vocab_size, backend
+    )
+    call, layout = ready.call, ready.layout
+    wide = call.head(ready.weight, ready.bias).accumulation_dtype
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
+    value, *packed = _LinearLoss.apply(
+        ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures, call, loss, batch
+    )
+    stats = Stats(**dict(zip(loss.statistics, packed, strict=True)))
+    with torch.no_grad():
+        metrics = loss.metrics(masked_stats(stats, layout.mask), batch)
+        shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
+    return LossOutput(value, metrics, shaped)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        call: HeadCall,
+        loss: Loss,
+        batch: Batch,
+    ) -> tuple[Tensor, ...]:
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
+        with torch.autocast(hidden.device.type, enabled=False):
+            run = _Run(call, call.head(weight, bias), loss, hidden, labels, temperatures)
+            value, factor, stats = run(batch)
+            ctx.save_for_backward(factor, *run.gradients.finish())
+        packed = tuple(stats[name] for name in loss.statistics)
+        ctx.mark_non_differentiable(*packed)
+        return value.to(run.head.accumulation_dtype), *packed
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        # in place: a second backward meets a changed tensor, and autograd raises
+        factor, *gradients = ctx.saved_tensors
+        scale = grad_output * factor
+        found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (*found, *[None] * 5)
+
+
+class _Run:
+    """The loop over chunks of whole horizons."""
+
+    def __init__(
+        self, call: HeadCall, head: Head, loss: Loss, hidden: Tensor, labels: Tensor, temperatures: Tensor | None
+    ) -> None:
+        self.call, self.head, self.loss = call, head, loss
+        self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
+        self.unscaled = loss.differentiates == ("logp",)
+        self.budget = Budget.of(call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted)
+        self.outputs = tuple(dict.fromkeys((*loss.statistics, "logp", "lse")))
+        self.gradients = Gradients(call.wanted, hidden, head)
+        self.workspace = Workspace(head)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The value (), the factor () that gradients still lack, and the statistics in planned order."""
+        chunks = cut(self.call.plan, self.loss.horizon, self.budget.whole)
+        wide = self.head.accumulation_dtype
+        value = self.hidden.new_zeros((), dtype=torch.float64)
+        factor = self.hidden.new_ones((), dtype=wide)
+        parts: list[tuple[Rows, Stats]] = []
+        for chunk in chunks:
+            part = chunk_batch(batch, chunk)
+            pattern = self._pattern(chunks, part)
+            if pattern is None:
+                found, stats = self._chunk(chunk, part)
+            else:
+                found, stats, factor = self._deferred(chunk, part, pattern.to(wide))
+            value = value + found
+            parts.append((chunk.rows, stats))
+        return value, factor, {name: self._collect(name, parts) for name in self.loss.statistics}
+
+    def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
+        """The pattern of the coefficients, where waiting for their scalar is worth it: one horizon that does not fit."""
+        alone = len(chunks) == 1 and len(chunks[0].rows) > self.budget.whole
+        return self.loss.pattern(batch) if alone and self.unscaled and self.call.wanted.head else None
+
+    def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
+        home = None
+        if len(chunk.rows) <= self.budget.whole and self.call.wanted.hidden and not self.call.wanted.head:
+            home = self.workspace.get("home", len(chunk.rows), self.hidden.shape[1], self.head.accumulation_dtype)
+        sweep = self._sweep(chunk.rows, home)
+        stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
+        value, triple = coefficients(self.loss, stats, batch)
+        if self.call.wanted.any:
+            sweep.backward(stats, triple, self.gradients)
+        return value, stats
+
+    def _deferred(self, chunk: Chunk, batch: Batch, pattern: Tensor) -> tuple[Tensor, Stats, Tensor]:
+        """Accumulate with the pattern; the horizon's scalar comes last, as the factor of all gradients."""
+        parts: list[tuple[Rows, Stats]] = []
+        for first in range(0, len(chunk.rows), self.budget.whole):
+            rows = chunk.rows.part(first, first + self.budget.whole)
+            sweep = self._sweep(rows, None)
+            stats = sweep.forward(self.outputs)
+            sweep.backward(stats, Coefficients(pattern[first : first + len(rows)]), self.gradients)
+            parts.append((Rows(((first, first + len(rows)),), None), stats))
+        whole = Stats(**{name: self._collect(name, parts) for name in STATISTICS if name in self.outputs})
+        whole = masked_stats(whole, batch.mask)
+        value, triple = coefficients(self.loss, whole, batch)
+        assert triple.logp is not None
+        # c = scalar * pattern: least squares gives the scalar back without looking for a non-zero entry
+        scalar = (triple.logp.double() * pattern).sum() / pattern.double().square().sum()
+        return value, whole, scalar.to(self.head.accumulation_dtype)
+
+    def _sweep(self, rows: Rows, home: Tensor | None) -> Sweep:
+        temperatures = None if self.temperatures is None else rows.take(self.temperatures)
+        return Sweep(
+            self.head,
+            self.hidden,
+            rows.take(self.labels),
+            temperatures,
+            rows,
+            self.budget,
+            self.call.wanted,
+            unscaled=self.unscaled,
+            workspace=self.workspace,
+            home=home,
+        )
+
+    def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:
+        """One statistic of all chunks in planned order, (N,)."""
+        dtype = torch.bool if name == "is_top1" else self.head.accumulation_dtype
+        out = self.hidden.new_zeros(sum(len(rows) for rows, _ in parts), dtype=dtype)
+        for rows, stats in parts:
+            Rows(rows.ranges, None).scatter(out, getattr(stats, name))
+        return out

@@ -1,0 +1,151 @@
+"""``linear_token_stats``: statistics of tokens from hidden states and the head, differentiable, for any loss on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels.contract import Coefficients
+from fused_po.ops.calls import HeadCall, prepare
+from fused_po.ops.checks import check_outputs
+from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
+from fused_po.ops.planning import Plan, Rows
+from fused_po.ops.sweep import Budget, Sweep, Workspace
+from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
+
+__all__ = ["linear_token_stats"]
+
+# the gradient of any differentiable statistic is made from these
+_SAVED = ("logp", "entropy", "lse")
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    outputs: Sequence[str] = ("logp",),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    scratch_bytes: int | None = None,
+    plan: Plan | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Stats:
+    """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all logits.
+
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs plus half of one for
+    each half of the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through ``entropy`` or ``lse`` recomputes
+    the logits, and only when one arrives.
+
+    Args:
+        hidden: (B, S, H) or packed (N, H), floating point.
+        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of hidden).
+        labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
+        bias: (V,) or None.
+        outputs: names from ``Stats``.
+        temperature: T > 0, a number, (B,), or the shape of labels.
+        softcap: caps logits (Gemma 2: 30.0); None does not.
+        logit_scale: multiplies the raw logits (Cohere, Granite).
+        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a CPU. Less than one row
+            needs is raised to one row.
+        plan: from ``make_plan``; None makes one, which waits for the labels once.
+        vocab_size: classes, where the weight has padded rows behind them; default V.
+        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+
+    Returns:
+        Statistics in the shape of labels, float32 (float64 for float64), 0 where ignored.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
+    """
+    outputs = tuple(outputs) if not isinstance(outputs, str) else outputs
+    check_outputs(outputs)
+    ready = prepare(
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, None, scratch_bytes, plan, vocab_size, backend
+    )
+    asked = tuple(name for name in STATISTICS if name in outputs)
+    values = _LinearTokenStats.apply(
+        ready.hidden, ready.weight, ready.bias, ready.layout.row_labels, ready.temperatures, ready.call, asked
+    )
+    return Stats(**{name: ready.layout.fill(value) for name, value in zip(asked, values, strict=True)})
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        call: HeadCall,
+        asked: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.asked = call, asked
+        with torch.autocast(hidden.device.type, enabled=False):
+            wanted = call.wanted
+            home = None
+            if wanted.hidden and not wanted.head:
+                home = hidden.new_empty((labels.shape[0], hidden.shape[1]), dtype=storage_dtype(hidden.dtype))
+            sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=True, home=home)
+            stats = sweep.forward(tuple(dict.fromkeys((*asked, "logp", "lse"))))
+        values = tuple(getattr(stats, name) for name in asked)
+        ctx.mark_non_differentiable(*(v for name, v in zip(asked, values, strict=True) if name not in DIFFERENTIABLE))
+        # what is also an output is saved as such, not twice
+        saved = [getattr(stats, name) for name in _SAVED]
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, *saved)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, temperatures, kept, home, *saved = ctx.saved_tensors
+        call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
+        given = dict(zip(ctx.asked, grad_outputs, strict=True))
+        triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
+        unscaled = triple.entropy is None and triple.lse is None
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = Gradients(call.wanted, hidden, call.head(weight, bias))
+            if any(c is not None for c in triple):
+                sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=unscaled, home=home)
+                if unscaled:
+                    sweep.kept = kept
+                else:
+                    sweep.kept_rows, sweep.kept = 0, kept[:0]
+                sweep.backward(Stats(**dict(zip(_SAVED, saved, strict=True))), triple, gradients)
+            found = gradients.finish()
+        like = (hidden, weight, bias)
+        return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)), *[None] * 4)
+
+
+def _sweep(
+    call: HeadCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    *,
+    unscaled: bool,
+    home: Tensor | None,
+) -> Sweep:
+    head = call.head(weight, bias)
+    return Sweep(
+        head,
+        hidden,
+        labels,
+        temperatures,
+        Rows(((0, labels.shape[0]),), call.plan.rows),
+        Budget.of(call.scratch_bytes, head, unscaled=unscaled, wanted=call.wanted),
+        call.wanted,
+        unscaled=unscaled,
+        workspace=Workspace(head),
+        home=home,
+    )

@@ -1,0 +1,179 @@
+"""Where the loss tokens are, and how a call is cut into chunks of whole horizons.
+
+This is the only place that synchronises with the host, once per call; a ``Plan`` made from the labels on the host (in the collator)
+removes that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_po.ops.checks import IGNORE, check_cu_seqlens
+
+__all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan"]
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The loss tokens of a batch of labels.
+
+    Attributes:
+        rows: (N,) int64, positions of the loss tokens in the flattened labels, sequence after sequence; None: every position.
+        lengths: rows of each sequence.
+        masked: True if some rows carry no loss and are to be masked (a plan from shapes alone).
+    """
+
+    rows: Tensor | None  # (N,)
+    lengths: tuple[int, ...]
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of the planned rows: ranges in planned order, which ``positions`` maps to the flattened labels."""
+
+    ranges: tuple[Range, ...]
+    positions: Tensor | None  # (N,)
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def part(self, first: int, last: int) -> Rows:
+        """Rows [first, last) of these."""
+        ranges, offset = [], 0
+        for start, stop in self.ranges:
+            low, high = max(first - offset, 0), min(last - offset, stop - start)
+            if low < high:
+                ranges.append((start + low, start + high))
+            offset += stop - start
+        return Rows(tuple(ranges), self.positions)
+
+    def take(self, planned: Tensor) -> Tensor:
+        """From planned order: (N, ...) -> (R, ...); a view where the rows are contiguous."""
+        return _join([planned[start:stop] for start, stop in self.ranges], planned)
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """From the caller's order: (all positions, ...) -> (R, ...)."""
+        if self.positions is None:
+            return self.take(flat)
+        return flat.index_select(0, self.take(self.positions))
+
+    def scatter(self, flat: Tensor, values: Tensor) -> None:
+        """Into the caller's order: values (R, ...) into flat (all positions, ...)."""
+        if self.positions is not None:
+            flat.index_copy_(0, self.take(self.positions), values.to(flat.dtype))
+            return
+        offset = 0
+        for start, stop in self.ranges:
+            flat[start:stop] = values[offset : offset + stop - start]
+            offset += stop - start
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole horizons: their rows, and the sequences these belong to (none where the horizon is a token)."""
+
+    rows: Rows
+    sequences: tuple[Range, ...]
+
+
+def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch.device | str | None = None) -> Plan:
+    """Plan a batch: find its loss tokens. Waits for ``labels`` unless they are on the host, so make it in the collator.
+
+    Args:
+        labels: (B, S) or, with ``cu_seqlens``, packed (N,), int64, -100 ignored, already shifted.
+        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences from 0 to N; None with 1-D labels: one sequence.
+        device: where the plan will be used, default that of ``labels``.
+
+    Raises:
+        ValueError: wrong shapes, or ``cu_seqlens`` that does not run from 0 to N without decreasing.
+    """
+    device = labels.device if device is None else torch.device(device)
+    loss = labels.detach().to("cpu") != IGNORE
+    if labels.ndim == 2:
+        lengths = loss.sum(1)
+    else:
+        bounds = check_cu_seqlens(cu_seqlens, labels.shape[0])
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), loss.cumsum(0)])
+        lengths = counts[bounds[1:]] - counts[bounds[:-1]]
+    loss = loss.reshape(-1)
+    if bool(loss.all()):
+        return Plan(None, tuple(lengths.tolist()))
+    return Plan(loss.nonzero().squeeze(1).to(device, non_blocking=True), tuple(lengths.tolist()))
+
+
+def static_plan(labels: Tensor, packed: bool) -> Plan:
+    """A plan from shapes alone, for tracing and capture: every position is a row, those without loss are masked.
+
+    Raises:
+        ValueError: packed sequences, whose lengths are data.
+    """
+    if labels.ndim == 1:
+        if packed:
+            raise ValueError("packed sequences can't be planned while tracing: make the plan before, with make_plan, and pass plan=")
+        return Plan(None, (labels.shape[0],), masked=True)
+    batch, length = labels.shape
+    return Plan(None, (length,) * batch, masked=True)
+
+
+def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
+    """Cut a call into chunks of whole horizons of at most ``capacity`` rows; a larger horizon is a chunk of its own.
+
+    Raises:
+        ValueError: pairs wanted of an odd number of sequences.
+    """
+    offsets = [0]
+    for length in plan.lengths:
+        offsets.append(offsets[-1] + length)
+    count = len(plan.lengths)
+    if horizon == "token":
+        step = max(1, capacity)
+        return [
+            Chunk(Rows(((first, min(first + step, offsets[-1])),), plan.rows), ())
+            for first in range(0, offsets[-1], step)
+        ]
+    if horizon == "sequence":
+        groups = _greedy([plan.lengths[i] for i in range(count)], capacity)
+        sides = [((first, last),) for first, last in groups]
+    elif horizon == "pair":
+        if count % 2:
+            raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {count}")
+        half = count // 2
+        groups = _greedy([plan.lengths[i] + plan.lengths[half + i] for i in range(half)], capacity)
+        # one group holding everything keeps the order of the call
+        whole = len(groups) == 1
+        sides = [((0, count),)] if whole else [((a, b), (half + a, half + b)) for a, b in groups]
+    else:
+        # a group of prompts is part of the batch: the whole call is the safe superset
+        sides = [((0, count),)]
+    return [Chunk(Rows(_row_ranges(ranges, offsets), plan.rows), ranges) for ranges in sides]
+
+
+def _row_ranges(sequences: Sequence[Range], offsets: list[int]) -> tuple[Range, ...]:
+    return tuple((offsets[first], offsets[last]) for first, last in sequences)
+
+
+def _greedy(sizes: list[int], capacity: int) -> list[Range]:
+    """Consecutive groups of sizes that sum to at most ``capacity``, or hold one size."""
+    groups: list[Range] = []
+    first, filled = 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and filled + size > capacity:
+            groups.append((first, index))
+            first, filled = index, 0
+        filled += size
+    if first < len(sizes):
+        groups.append((first, len(sizes)))
+    return groups
+
+
+def _join(pieces: list[Tensor], like: Tensor) -> Tensor:
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces) if pieces else like[:0]

@@ -1,0 +1,242 @@
+"""Rows through the head and back, within a memory budget: forward to statistics, backward from coefficients.
+
+Forward runs GEMM 1 and the kernels tile by tile; backward runs GEMM 2 and 3. What lies between them (a loss, or a whole autograd graph) does
+not matter here. Tiles are kept from forward to backward while the budget lasts and recomputed where it does not, so a trainable head costs 3
+GEMMs plus the recomputed share of one, a frozen one 2:
+
+- *unscaled* (gradients through logp only): the sweep that makes the statistics writes G = d logp / dx over the logits; then dH = c (G W),
+  dW = G^T (c h), db = G^T c. The coefficient never enters the V-sized tile.
+- otherwise (entropy, lse): the raw logits are kept, and backward turns them into dL/dx.
+- *eager* (unscaled, frozen head): forward already runs GEMM 2; backward is a row scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels import library
+from fused_po.kernels.contract import PARTIALS, Coefficients, Transform, finish
+from fused_po.ops.gradients import Gradients, Wanted
+from fused_po.ops.head import Head
+from fused_po.ops.planning import Rows
+from fused_po.stats import Stats
+
+__all__ = ["Budget", "Sweep", "Workspace"]
+
+# enough for the GEMMs to run at full rate
+MAX_TILE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many rows fit into ``scratch_bytes``.
+
+    Attributes:
+        whole: rows that fit when the tile of every row is kept.
+        kept: rows whose tile is kept where not all fit, beside the tiles in flight.
+        tile: rows in flight at a time.
+    """
+
+    whole: int
+    kept: int
+    tile: int
+
+    @staticmethod
+    def of(scratch_bytes: int, head: Head, *, unscaled: bool, wanted: Wanted) -> Budget:
+        """Split a budget; one under a row is raised to one row."""
+        vocab, width = head.weight.shape
+        wide, narrow = head.accumulation_dtype.itemsize, head.compute_dtype.itemsize
+        # a row on its way through GEMM 2 and 3: its hidden state and product, wide, and both as operands
+        extra = 2 * width * (wide + narrow)
+        # logits, and the gradient tile where that is a buffer of its own
+        flight = vocab * (wide if wide == narrow else wide + narrow) + extra
+        tile = max(1, min(scratch_bytes // 4 // flight, MAX_TILE_ROWS))
+        beside = max(0, scratch_bytes - tile * flight)
+        if not wanted.head:
+            # only the product of GEMM 2 waits for its coefficient
+            product = width * wide
+            return Budget(beside // product if unscaled else beside // (vocab * wide + extra), 0, tile)
+        row = vocab * (narrow if unscaled else wide) + extra
+        if wide == narrow:
+            # the kept tile is the one in flight
+            return Budget(max(1, scratch_bytes // row), beside // row, tile)
+        return Budget(beside // row, beside // row, tile)
+
+
+class Workspace:
+    """Scratch buffers that live as long as a call and are reused from chunk to chunk."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised (rows, width) buffer; whoever asks for the same name next gets the same memory."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[0] < rows:
+            # free the old one first
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = self._head.weight.new_empty((rows, width), dtype=dtype)
+        return buffer[:rows]
+
+
+class Sweep:
+    """One pass of some rows through the head: ``forward``, then ``backward`` once the coefficients are known.
+
+    Args:
+        head: the head.
+        hidden: (positions, H), in the caller's order.
+        labels: (R,) of the rows.
+        temperatures: (R,) or None.
+        rows: which positions.
+        budget: how many rows fit.
+        wanted: which gradients will be asked for.
+        unscaled: gradients come through logp only.
+        workspace: where tiles live.
+        home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the gradient's own memory.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        rows: Rows,
+        budget: Budget,
+        wanted: Wanted,
+        *,
+        unscaled: bool,
+        workspace: Workspace,
+        home: Tensor | None = None,
+    ) -> None:
+        self.head, self.hidden, self.labels, self.temperatures = head, hidden, labels, temperatures
+        self.rows, self.budget, self.wanted, self.unscaled = rows, budget, wanted, unscaled
+        self.workspace, self.home = workspace, home
+        self.eager = unscaled and wanted.hidden and not wanted.head
+        keeps = wanted.any and not self.eager
+        count = len(rows)
+        self.kept_rows = 0 if not keeps else count if count <= budget.whole else budget.kept
+        self.in_place = head.compute_dtype == head.accumulation_dtype
+        self.kept: Tensor | None = None
+
+    def forward(self, outputs: tuple[str, ...], gradients: Gradients | None = None) -> Stats:
+        """GEMM 1 and the statistics (R,); eager sweeps put the product of GEMM 2 into ``home`` or ``gradients``."""
+        head, partials = self.head, []
+        if self.kept is None:
+            dtype = head.compute_dtype if self.unscaled else head.accumulation_dtype
+            self.kept = self.workspace.get("kept", self.kept_rows, head.vocab_size, dtype)
+        for first, last in self._steps(0, self.kept_rows):
+            kept = self.kept[first:last]
+            logits = kept if self.in_place or not self.unscaled else self._logits_buffer(last - first)
+            head.logits_into(logits, self._hidden(first, last))
+            if self.unscaled:
+                partials.append(self._softmax(logits, first, last, outputs, None if logits is kept else kept))
+            else:
+                partials.append(self._stats(logits, first, last, outputs))
+        for first, last in self._steps(self.kept_rows, len(self.rows)):
+            logits = self._logits_buffer(last - first)
+            head.logits_into(logits, self._hidden(first, last))
+            if not self.eager:
+                partials.append(self._stats(logits, first, last, outputs))
+                continue
+            tile = self._tile_buffer(logits)
+            partials.append(self._softmax(logits, first, last, outputs, None if tile is logits else tile))
+            product = head.hidden_grad(tile)
+            if self.home is not None:
+                self.home[first:last] = product
+            elif gradients is not None and gradients.hidden is not None:
+                self.rows.part(first, last).scatter(gradients.hidden, product)
+        merged = torch.cat(partials, 1) if partials else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
+        return finish(merged, self.labels, head.vocab_size, outputs)
+
+    def backward(self, stats: Stats, coefficients: Coefficients, gradients: Gradients) -> None:
+        """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows."""
+        if self.eager:
+            self._scale_products(coefficients, gradients)
+            return
+        coefficients = gradients.normalised(coefficients)
+        for first, last in self._steps(0, self.kept_rows):
+            assert self.kept is not None
+            tile = self.kept[first:last]
+            if not self.unscaled:
+                tile = self._grad(tile, first, last, stats, coefficients)
+            self._add(tile, first, last, coefficients, gradients)
+        for first, last in self._steps(self.kept_rows, len(self.rows)):
+            logits = self._logits_buffer(last - first)
+            self.head.logits_into(logits, self._hidden(first, last))
+            if self.unscaled:
+                tile = self._tile_buffer(logits)
+                self._softmax(logits, first, last, ("logp",), None if tile is logits else tile)
+            else:
+                tile = self._grad(logits, first, last, stats, coefficients)
+            self._add(tile, first, last, coefficients, gradients)
+
+    def _add(self, tile: Tensor, first: int, last: int, coefficients: Coefficients, gradients: Gradients) -> None:
+        """GEMM 2 and 3 of a gradient tile (R, V)."""
+        head, part = self.head, self.rows.part(first, last)
+        scalar = coefficients.logp[first:last] if self.unscaled and coefficients.logp is not None else None  # (R,)
+        if gradients.hidden is not None:
+            product = head.hidden_grad(tile)
+            if scalar is not None:
+                product.mul_(scalar.unsqueeze(1))
+            part.scatter(gradients.hidden, gradients.restored(product))
+        if gradients.weight is not None:
+            rows = part.gather(self.hidden)
+            if scalar is not None:
+                rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
+            head.add_weight_grad(gradients.weight, tile, rows)
+        if gradients.bias is not None:
+            head.add_bias_grad(gradients.bias, tile, scalar)
+
+    def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
+        assert coefficients.logp is not None and gradients.hidden is not None
+        for first in range(0, len(self.rows), MAX_TILE_ROWS):
+            last = min(first + MAX_TILE_ROWS, len(self.rows))
+            part = self.rows.part(first, last)
+            product = part.gather(gradients.hidden) if self.home is None else self.home[first:last]
+            scaled = product.to(self.head.accumulation_dtype) * coefficients.logp[first:last].unsqueeze(1)
+            part.scatter(gradients.hidden, scaled)
+
+    def _stats(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...]) -> Tensor:
+        head, labels = self.head, self.labels[first:last]
+        return library.row_stats(logits, labels, self._transform(first, last), head.span, outputs, head.backend)
+
+    def _softmax(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...], out: Tensor | None) -> Tensor:
+        head, labels = self.head, self.labels[first:last]
+        return library.row_softmax(logits, labels, self._transform(first, last), head.span, outputs, out, head.backend)
+
+    def _grad(self, logits: Tensor, first: int, last: int, stats: Stats, coefficients: Coefficients) -> Tensor:
+        """dL/dx in the compute dtype; overwrites the logits where that is theirs."""
+        head, tile = self.head, self._tile_buffer(logits)
+        local = Stats(**{name: value[first:last] for name, value in stats.present().items()})
+        triple = Coefficients(*(None if c is None else c[first:last] for c in coefficients))
+        out = None if tile is logits else tile
+        labels, transform = self.labels[first:last], self._transform(first, last)
+        library.row_grad(logits, labels, transform, head.span, local, triple, out, head.backend)
+        return tile
+
+    def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Row ranges at a time: kept tiles in place need no buffer in flight and go at once."""
+        whole = self.in_place and last <= self.kept_rows
+        step = max(1, last - first) if whole else self.budget.tile
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
+
+    def _hidden(self, first: int, last: int) -> Tensor:
+        return self.rows.part(first, last).gather(self.hidden)
+
+    def _transform(self, first: int, last: int) -> Transform:
+        return self.head.transform(None if self.temperatures is None else self.temperatures[first:last])
+
+    def _logits_buffer(self, rows: int) -> Tensor:
+        return self.workspace.get("logits", rows, self.head.vocab_size, self.head.accumulation_dtype)
+
+    def _tile_buffer(self, logits: Tensor) -> Tensor:
+        if self.in_place:
+            return logits
+        return self.workspace.get("tile", logits.shape[0], self.head.vocab_size, self.head.compute_dtype)

@@ -1,0 +1,201 @@
+"""``token_stats``: statistics of tokens from logits that exist already, differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels import library
+from fused_po.kernels.contract import Coefficients, Span, Transform, accumulation_dtype, finish
+from fused_po.ops.checks import IGNORE, check_labels, check_outputs, check_scalars, row_temperatures, same_device
+from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
+
+__all__ = ["token_stats"]
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    outputs: Sequence[str] = ("logp",),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Stats:
+    """Per-token statistics of ``z = softcap tanh(logit_scale logits / softcap) / T``: one read of the logits.
+
+    ``logp``, ``entropy`` and ``lse`` are differentiable; the backward reads the logits once more and writes their gradient.
+
+    Args:
+        logits: (B, S, V) or (N, V), floating point, any strides; a slice such as ``logits[:, :-1]`` is not copied.
+        labels: (B, S) or (N,) int64, already shifted; -100 is ignored.
+        outputs: names from ``Stats``.
+        temperature: T > 0, a number, (B,), or the shape of labels.
+        softcap: caps logits; None does not.
+        logit_scale: multiplies the logits.
+        inplace: True lets the backward overwrite the logits with their gradient, which saves (N, V); nothing else may need them then.
+        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+
+    Returns:
+        Statistics in the shape of labels, float32 (float64 for float64), 0 where ignored.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
+    """
+    outputs = tuple(outputs) if not isinstance(outputs, str) else outputs
+    check_outputs(outputs)
+    if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or logits.shape[-1] < 1:
+        raise ValueError(
+            "logits must be (B, S, V) or (N, V) and labels the same without V: "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point: got {logits.dtype}")
+    check_scalars(temperature, softcap, logit_scale)
+    same_device(logits, labels=labels)
+    check_labels(labels, logits.shape[-1])
+    temperatures = row_temperatures(temperature, labels, None, accumulation_dtype(logits.dtype))
+    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    asked = tuple(name for name in STATISTICS if name in outputs)
+    # the gradient of any differentiable statistic is made from these two and, for its own, the entropy
+    made = tuple(name for name in STATISTICS if name in (*asked, "logp", "lse"))
+    values = torch.ops.fused_po.token_stats(
+        logits, labels, temperatures, number, softcap, logit_scale, ",".join(made), inplace, backend
+    )
+    found = dict(zip(made, values, strict=True))
+    return Stats(**{name: found[name] != 0 if name == "is_top1" else found[name] for name in asked})
+
+
+@torch.library.custom_op("fused_po::token_stats", mutates_args=())
+def _token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    inplace: bool,
+    backend: str | None,
+) -> list[Tensor]:
+    names, vocab = tuple(outputs.split(",")), logits.shape[-1]
+    flat = labels.reshape(-1)
+    partials = [
+        library.row_stats(x, flat[rows], _transform(temperatures, rows, temperature, softcap, logit_scale), Span(0, vocab), names, backend)
+        for x, rows in _matrices(logits)
+    ]
+    stats = finish(torch.cat(partials, 1), flat, vocab, names)
+    keep = flat != IGNORE
+    values = stats.present().values()
+    return [torch.where(keep, v, torch.zeros_like(v)).to(stats.lse.dtype).reshape(labels.shape) for v in values]
+
+
+@_token_stats.register_fake
+def _token_stats_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> list[Tensor]:
+    outputs = arguments[4]
+    dtype = accumulation_dtype(logits.dtype)
+    return [logits.new_empty(labels.shape, dtype=dtype) for _ in outputs.split(",")]
+
+
+@torch.library.custom_op("fused_po::token_stats_backward", mutates_args=())
+def _token_stats_backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    logp: Tensor,
+    entropy: Tensor | None,
+    lse: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    backend: str | None,
+) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    _write_grad(logits, labels, transform, Stats(logp, entropy, lse), Coefficients(c, e, l), out, backend)
+    return out
+
+
+@_token_stats_backward.register_fake
+def _token_stats_backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    logits, labels, temperatures, temperature, softcap, logit_scale, outputs, inplace, backend = inputs
+    ctx.set_materialize_grads(False)
+    names = outputs.split(",")
+    found = dict(zip(names, output, strict=True))
+    ctx.save_for_backward(logits, labels, temperatures, *(found.get(name) for name in DIFFERENTIABLE))
+    ctx.names, ctx.numbers, ctx.inplace, ctx.backend = names, (temperature, softcap, logit_scale), inplace, backend
+    ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    logits, labels, temperatures, logp, entropy, lse = ctx.saved_tensors
+    temperature, softcap, logit_scale = ctx.numbers
+    given = dict(zip(ctx.names, grads, strict=True))
+    triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
+    nothing = [None] * 8
+    if all(c is None for c in triple):
+        return None, *nothing
+    if ctx.inplace:
+        transform = Transform(temperature, temperatures, softcap, logit_scale)
+        _write_grad(logits, labels, transform, Stats(logp, entropy, lse), triple, None, ctx.backend)
+        return logits, *nothing
+    grad = torch.ops.fused_po.token_stats_backward(
+        logits, labels, temperatures, temperature, softcap, logit_scale, logp, entropy, lse, *triple, ctx.backend
+    )
+    return grad, *nothing
+
+
+_token_stats.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _write_grad(
+    logits: Tensor,
+    labels: Tensor,
+    transform: Transform,
+    stats: Stats,
+    coefficients: Coefficients,
+    out: Tensor | None,
+    backend: str | None,
+) -> None:
+    """dL/dlogits into ``out``, or over the logits; matrix by matrix."""
+    flat, span = labels.reshape(-1), Span(0, logits.shape[-1])
+    local = Stats(**{name: value.reshape(-1) for name, value in stats.present().items()})
+    triple = Coefficients(*(None if c is None else c.reshape(-1) for c in coefficients))
+    for x, rows in _matrices(logits):
+        part = Stats(**{name: value[rows] for name, value in local.present().items()})
+        c = Coefficients(*(None if t is None else t[rows].contiguous() for t in triple))
+        to = None if out is None else out.view(-1, span.width)[rows]
+        library.row_grad(x, flat[rows], _transform_of(transform, rows), span, part, c, to, backend)
+
+
+def _transform(
+    temperatures: Tensor | None, rows: slice, temperature: float, softcap: float | None, logit_scale: float
+) -> Transform:
+    return _transform_of(Transform(temperature, temperatures, softcap, logit_scale), rows)
+
+
+def _transform_of(transform: Transform, rows: slice) -> Transform:
+    temperatures = None if transform.temperatures is None else transform.temperatures[rows]
+    return Transform(transform.temperature, temperatures, transform.softcap, transform.logit_scale)
+
+
+def _matrices(logits: Tensor) -> list[tuple[Tensor, slice]]:
+    """(N, V) views of the logits and the flat rows they stand for; a slice of a batch gives one per sequence, never a copy."""
+    if logits.ndim == 2:
+        return [(logits, slice(0, logits.shape[0]))]
+    batch, length, vocab = logits.shape
+    if logits.is_contiguous() or (batch and logits.stride(0) == length * logits.stride(1)):
+        return [(logits.view(batch * length, vocab), slice(0, batch * length))]
+    return [(logits[i], slice(i * length, (i + 1) * length)) for i in range(batch)]

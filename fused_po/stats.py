@@ -1,0 +1,44 @@
+"""The statistics of a token that losses read and operations return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["DIFFERENTIABLE", "STATISTICS", "Stats"]
+
+# the order in which operations return them
+STATISTICS = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+# gradients flow through these; the others are for metrics and detached weights
+DIFFERENTIABLE = ("logp", "entropy", "lse")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per-token statistics of ``p = softmax(z)`` at the label ``y``; a field that was not asked for is None.
+
+    All fields share one shape, that of the labels. Floating fields are float32 for half and single precision inputs,
+    float64 for float64. Tokens whose label is -100 hold 0 (False).
+
+    Attributes:
+        logp: ``log p_y``, in nats.
+        entropy: ``-sum_v p_v log p_v``, in nats.
+        lse: ``log sum_v exp(z_v)``.
+        mean_logit: mean of ``z`` over the vocabulary.
+        is_top1: bool, True where ``y`` is the first index of the largest logit.
+        log_sum_sq_probs: ``log sum_v p_v^2`` (the collision probability that WPO weights by).
+    """
+
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """The fields that were asked for, in the order of ``STATISTICS``."""
+        values = ((name, getattr(self, name)) for name in STATISTICS)
+        return {name: value for name, value in values if value is not None}
