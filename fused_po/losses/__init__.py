@@ -1,4 +1,6 @@
-"""Preference losses: each one dataclass, a pure function of per-token statistics. ``create(name, **hyperparameters)`` makes one."""
+"""Preference losses: each one dataclass, a pure function of per-token statistics. ``create(name, **hyperparameters)``
+makes one.
+"""
 
 from fused_po.losses import pairwise, policy, unpaired
 from fused_po.losses.batch import Batch

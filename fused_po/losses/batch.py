@@ -25,14 +25,16 @@ OPTIONAL = frozenset({"old_logp", "importance_weight", "row_weight"})
 class Batch:
     """The tokens of a call, or of a chunk of whole horizons, packed sequence after sequence.
 
-    Side inputs are tagged by the shape they were given in, so nothing broadcasts silently: read them with ``token``, ``sequence`` or
+    Side inputs are tagged by the shape they were given in, so nothing broadcasts silently: read them with ``token``,
+    ``sequence`` or
     ``scalar``.
 
     Attributes:
         segments: (B,) int64, rows of each sequence; they sum to N.
         lengths: (B,) int64, loss tokens of each sequence. Equal to ``segments`` unless ``mask`` is given.
         mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
-        num_tokens, num_sequences, num_pairs, num_chosen_tokens: normalisers of the whole call (or of all ranks, where the caller gave
+        num_tokens, num_sequences, num_pairs, num_chosen_tokens: normalisers of the whole call (or of all ranks, where
+            the caller gave
             them), never of this chunk.
         chosen: (N,) bool, True for tokens of the first half of the call's sequences (the chosen answers of pairs).
         token_lengths: (N,) loss tokens of the sequence that a token belongs to, in the whole call.
@@ -110,11 +112,15 @@ class Batch:
         return self.sum_per_sequence(values) / self.lengths.clamp_min(1)
 
     def mean_sequences(self, values: Tensor) -> Tensor:
-        """This batch's share of the mean over the call's sequences: (B,) -> (). Empty sequences count, but add nothing."""
+        """This batch's share of the mean over the call's sequences: (B,) -> (). Empty sequences count, but add
+        nothing.
+        """
         return torch.where(self.lengths > 0, values, 0.0).sum() / self.num_sequences
 
     def mean_pairs(self, values: Tensor) -> Tensor:
-        """This batch's share of the mean over the call's pairs: (B/2,) -> (). A pair without any loss token adds nothing."""
+        """This batch's share of the mean over the call's pairs: (B/2,) -> (). A pair without any loss token adds
+        nothing.
+        """
         chosen, rejected = self.halves(self.lengths)
         return torch.where(chosen + rejected > 0, values, 0.0).sum() / self.num_pairs
 

@@ -1,11 +1,13 @@
 """Losses on pairs of a chosen and a rejected answer; first half of the sequences chosen, second half rejected.
 
-Throughout: a and d are the summed log-probs of chosen and rejected, u and v their log-ratios to the reference, h = u - v.
+Throughout: a and d are the summed log-probs of chosen and rejected, u and v their log-ratios to the reference, h = u
+- v.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fused_po.losses.batch import Batch
 from fused_po.losses.contract import Loss, register
-from fused_po.losses.terms import policy_logp, require_range, sequence_log_ratio, sigmoid_loss
+from fused_po.losses.terms import difference, policy_logp, require_range, sequence_log_ratio, sigmoid_loss
 from fused_po.stats import Stats
 
 __all__ = ["Conservative", "Hinge", "Ipo", "Sigmoid", "SimPO"]
@@ -38,19 +40,20 @@ class PairwiseLoss(Loss):
         require_range(self, "beta", 0.0, math.inf)
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        return {"preference": batch.mean_pairs(self.per_pair(self.scores(stats, batch), batch))}
+        margin = difference(*batch.halves(self.scores(stats, batch)))
+        return {"preference": batch.mean_pairs(self.per_pair(margin))}
 
     def scores(self, stats: Stats, batch: Batch) -> Tensor:
         """What is compared between the sides, (B,): the log-ratio to the reference."""
         return sequence_log_ratio(stats, batch)
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        """The loss of each pair from the scores: (B,) -> (B/2,)."""
-        raise NotImplementedError
+    @abstractmethod
+    def per_pair(self, margin: Tensor) -> Tensor:
+        """The loss of each pair from how far the chosen score lies above the rejected: (B/2,) -> (B/2,)."""
 
     def rewards(self, stats: Stats, batch: Batch) -> Tensor:
-        """The implicit reward of each sequence, (B,)."""
-        return self.beta * self.scores(stats, batch)
+        """The implicit reward of each sequence, (B,): beta times its log-ratio to the reference."""
+        return self.beta * sequence_log_ratio(stats, batch)
 
     def pattern(self, batch: Batch) -> Tensor | None:
         return torch.where(batch.chosen, 1.0, -1.0)
@@ -77,15 +80,15 @@ class Sigmoid(PairwiseLoss):
         beta: 0.1, strength of the reference.
     """
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        chosen, rejected = batch.halves(scores)
-        return sigmoid_loss(self.beta * (chosen - rejected), 0.0)
+    def per_pair(self, margin: Tensor) -> Tensor:
+        return sigmoid_loss(self.beta * margin, 0.0)
 
 
 @register("conservative")
 @dataclass(frozen=True)
 class Conservative(PairwiseLoss):
-    """Conservative DPO: ``-(1 - q) log sigmoid(beta h) - q log sigmoid(-beta h)`` (Mitchell, "A note on DPO with noisy preferences", 2023).
+    """Conservative DPO: ``-(1 - q) log sigmoid(beta h) - q log sigmoid(-beta h)`` (Mitchell, "A note on DPO with
+    noisy preferences", 2023).
 
     TRL's ``sigmoid`` ignores ``label_smoothing``; this one does not.
 
@@ -100,29 +103,29 @@ class Conservative(PairwiseLoss):
         super().__post_init__()
         require_range(self, "label_smoothing", 0.0, 0.5)
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        chosen, rejected = batch.halves(scores)
-        return sigmoid_loss(self.beta * (chosen - rejected), self.label_smoothing)
+    def per_pair(self, margin: Tensor) -> Tensor:
+        return sigmoid_loss(self.beta * margin, self.label_smoothing)
 
 
 @register("hinge")
 @dataclass(frozen=True)
 class Hinge(PairwiseLoss):
-    """``max(0, 1 - beta h)`` (SLiC with the log-ratio margin: Zhao et al., arXiv 2305.10425; Liu et al., arXiv 2309.06657). TRL's ``hinge``.
+    """``max(0, 1 - beta h)`` (SLiC with the log-ratio margin: Zhao et al., arXiv 2305.10425; Liu et al., arXiv
+    2309.06657). TRL's ``hinge``.
 
     Args:
         beta: 0.1, the reciprocal of the margin.
     """
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        chosen, rejected = batch.halves(scores)
-        return F.relu(1.0 - self.beta * (chosen - rejected))
+    def per_pair(self, margin: Tensor) -> Tensor:
+        return F.relu(1.0 - self.beta * margin)
 
 
 @register("ipo")
 @dataclass(frozen=True)
 class Ipo(PairwiseLoss):
-    """IPO, length-normalised as in TRL: ``(u / len+ - v / len- - 1 / (2 beta))^2`` (Azar et al., arXiv 2310.12036, eq. 17).
+    """IPO, length-normalised as in TRL: ``(u / len+ - v / len- - 1 / (2 beta))^2`` (Azar et al., arXiv 2310.12036,
+    eq. 17).
 
     Args:
         beta: 0.1, > 0; the target margin is 1 / (2 beta).
@@ -131,9 +134,11 @@ class Ipo(PairwiseLoss):
     def __post_init__(self) -> None:
         require_range(self, "beta", 0.0, math.inf, open_low=True)
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        chosen, rejected = batch.halves(scores / batch.lengths.clamp_min(1))
-        return (chosen - rejected - 1.0 / (2.0 * self.beta)).square()
+    def scores(self, stats: Stats, batch: Batch) -> Tensor:
+        return super().scores(stats, batch) / batch.lengths.clamp_min(1)
+
+    def per_pair(self, margin: Tensor) -> Tensor:
+        return (margin - 1.0 / (2.0 * self.beta)).square()
 
     def pattern(self, batch: Batch) -> Tensor | None:
         return _length_normalised_sides(batch)
@@ -142,13 +147,15 @@ class Ipo(PairwiseLoss):
 @register("simpo")
 @dataclass(frozen=True)
 class SimPO(PairwiseLoss):
-    """SimPO: ``-log sigmoid(beta (a / len+ - d / len-) - gamma)``, gamma = ``simpo_gamma`` (Meng et al., arXiv 2405.14734, eq. 6).
+    """SimPO: ``-log sigmoid(beta (a / len+ - d / len-) - gamma)``, gamma = ``simpo_gamma`` (Meng et al., arXiv
+    2405.14734, eq. 6).
 
     No reference and no NLL term (TRL's CPO trainer adds one unless its ``cpo_alpha`` is 0).
 
     Args:
         beta: 0.1 as in TRL; the paper uses 2.0 to 2.5.
-        simpo_gamma: 0.5, the target margin of the rewards; in units of the logit, as TRL's, so gamma / beta on mean log-probs.
+        simpo_gamma: 0.5, the target margin of the rewards; in units of the logit, as TRL's, so gamma / beta on mean
+            log-probs.
         label_smoothing: 0.0, as in TRL.
     """
 
@@ -166,9 +173,11 @@ class SimPO(PairwiseLoss):
     def scores(self, stats: Stats, batch: Batch) -> Tensor:
         return batch.mean_per_sequence(policy_logp(stats))
 
-    def per_pair(self, scores: Tensor, batch: Batch) -> Tensor:
-        chosen, rejected = batch.halves(scores)
-        return sigmoid_loss(self.beta * (chosen - rejected) - self.simpo_gamma, self.label_smoothing)
+    def rewards(self, stats: Stats, batch: Batch) -> Tensor:
+        return self.beta * self.scores(stats, batch)
+
+    def per_pair(self, margin: Tensor) -> Tensor:
+        return sigmoid_loss(self.beta * margin - self.simpo_gamma, self.label_smoothing)
 
     def pattern(self, batch: Batch) -> Tensor | None:
         return _length_normalised_sides(batch)

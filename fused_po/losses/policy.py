@@ -18,7 +18,8 @@ __all__ = ["Dapo", "Ppo", "Sft"]
 
 @dataclass(frozen=True)
 class ClippedLoss(Loss):
-    """Base: the clipped surrogate ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` per token, mean over the call's tokens.
+    """Base: the clipped surrogate ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` per token, mean over the
+    call's tokens.
 
     r = pi / pi_old, clamped to e^+-80; A is ``advantage``.
     """
@@ -105,9 +106,11 @@ class ClippedLoss(Loss):
 @register("ppo")
 @dataclass(frozen=True)
 class Ppo(ClippedLoss):
-    """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7), mean over tokens; with ``dual_clip`` that of Ye et al. (arXiv 1912.09729, eq. 5).
+    """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7), mean over tokens; with ``dual_clip`` that
+    of Ye et al. (arXiv 1912.09729, eq. 5).
 
-    Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token (omitted: the current log-probs, detached); ``ref_logp`` per token
+    Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token (omitted: the current log-probs, detached);
+    ``ref_logp`` per token
     where ``beta`` is not 0; ``importance_weight``, ``row_weight`` multiply the surrogate.
 
     Args:
@@ -135,7 +138,8 @@ class Ppo(ClippedLoss):
 @register("dapo")
 @dataclass(frozen=True)
 class Dapo(ClippedLoss):
-    """DAPO's token-level GRPO loss (Yu et al., arXiv 2503.14476, eq. 8), TRL's ``loss_type="dapo"``: sum over tokens / ``num_items``.
+    """DAPO's token-level GRPO loss (Yu et al., arXiv 2503.14476, eq. 8), TRL's ``loss_type="dapo"``: sum over tokens
+    / ``num_items``.
 
     Side inputs as for ``ppo``.
 

@@ -10,6 +10,7 @@ from fused_po.losses.batch import Batch
 from fused_po.stats import Stats
 
 __all__ = [
+    "difference",
     "entropy_bonus",
     "importance_ratio",
     "k3",
@@ -22,6 +23,8 @@ __all__ = [
 
 # exp of it is finite in float32 with room for a product
 MAX_LOG_RATIO = 80.0
+# stands for infinity, so that a product with 0 is 0
+HUGE = 1e30
 
 
 def policy_logp(stats: Stats) -> Tensor:
@@ -34,15 +37,18 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
     """Log-ratio of each sequence to the reference, (B,) float64."""
     reference = batch.sequence("ref_logp")
     assert reference is not None
-    return batch.sum_per_sequence(policy_logp(stats)) - reference
+    return difference(batch.sum_per_sequence(policy_logp(stats)), reference)
+
+
+def difference(left: Tensor, right: Tensor) -> Tensor:
+    """``left - right`` of log-probs, clamped to +-1e30; 0 where both are the same infinity."""
+    same = (left == right) & left.isinf()
+    return torch.where(same, 0.0, left - right).clamp(-HUGE, HUGE)
 
 
 def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
-    """``logp - other``, clamped to +-80 so that its exponential stays finite; -inf - -inf counts as 0."""
-    difference = torch.where(logp == other, logp - logp.detach(), logp - other)
-    # -inf - -inf is NaN: both give the token no probability, the ratio is 1
-    difference = torch.where((logp == other) & logp.isinf(), 0.0, difference)
-    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """``logp - other`` per token, clamped to +-80 so that its exponential stays finite."""
+    return difference(logp, other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def importance_ratio(logp: Tensor, old: Tensor | None) -> Tensor:
@@ -51,7 +57,9 @@ def importance_ratio(logp: Tensor, old: Tensor | None) -> Tensor:
 
 
 def k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """The KL estimator ``e^{ref - logp} - (ref - logp) - 1`` per token (k3 of Schulman, "Approximating KL Divergence", 2020)."""
+    """The KL estimator ``e^{ref - logp} - (ref - logp) - 1`` per token (k3 of Schulman, "Approximating KL
+    Divergence", 2020).
+    """
     difference = -log_ratio(logp, ref)
     return torch.expm1(difference) - difference
 

@@ -19,12 +19,15 @@ __all__ = ["Kto"]
 @register("kto")
 @dataclass(frozen=True)
 class Kto(Loss):
-    """KTO: ``w_D (1 - sigmoid(beta (u - z0)))`` on desirable answers, ``w_U (1 - sigmoid(beta (z0 - u)))`` on the others.
+    """KTO: ``w_D (1 - sigmoid(beta (u - z0)))`` on desirable answers, ``w_U (1 - sigmoid(beta (z0 - u)))`` on the
+    others.
 
-    Ethayarajh et al., arXiv 2402.01306, eq. 8, as TRL's ``KTOTrainer`` computes it; the mean is over all answers. u is the answer's log-ratio
+    Ethayarajh et al., arXiv 2402.01306, eq. 8, as TRL's ``KTOTrainer`` computes it; the mean is over all answers. u
+    is the answer's log-ratio
     to the reference.
 
-    Side inputs: ``ref_logp``; ``desirable`` (B,) bool; ``kl``, the scalar z0 >= 0, detached (TRL: the mean over ranks and batch of mismatched
+    Side inputs: ``ref_logp``; ``desirable`` (B,) bool; ``kl``, the scalar z0 >= 0, detached (TRL: the mean over ranks
+    and batch of mismatched
     prompt and completion log-ratios, clamped at 0).
 
     Args:

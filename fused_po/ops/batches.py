@@ -45,11 +45,12 @@ class Layout:
         Raises:
             ValueError: a plan of other labels.
         """
-        count = sum(plan.lengths)
+        if plan.positions != labels.numel() or plan.segments.device != labels.device:
+            raise ValueError(
+                f"the plan is of {plan.positions} labels on {plan.segments.device}: got {labels.numel()} on {labels.device}"
+            )
+        count, segments = sum(plan.lengths), plan.segments
         rows = Rows(((0, count),), plan.rows)
-        if plan.rows is None and count != labels.numel():
-            raise ValueError(f"the plan is of {count} positions, labels have {labels.numel()}: plan and labels belong to different batches")
-        segments = torch.tensor(plan.lengths, dtype=torch.int64).to(labels.device, non_blocking=True)
         row_labels = rows.gather(labels.reshape(-1))
         sequences = torch.arange(len(plan.lengths), device=labels.device)
         sequence_of = sequences.repeat_interleave(segments, output_size=count)
@@ -129,7 +130,9 @@ def chunk_batch(batch: Batch, chunk: Chunk) -> Batch:
     take = chunk.rows.take
     by_sequence = Rows(chunk.sequences, None).take
     # single tokens belong to no sequence here, so what is per sequence stays as it is and can only be refused
-    per_sequence = {name: by_sequence(v) for name, v in batch.per_sequence.items()} if chunk.sequences else batch.per_sequence
+    per_sequence = (
+        {name: by_sequence(v) for name, v in batch.per_sequence.items()} if chunk.sequences else batch.per_sequence
+    )
     return replace(
         batch,
         segments=by_sequence(batch.segments),
@@ -179,4 +182,5 @@ def _number(value: Number, device: torch.device) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"a normaliser must be one number: got shape {tuple(value.shape)}")
         return value.detach().reshape(()).double().to(device)
-    return torch.tensor(float(value), dtype=torch.float64).to(device, non_blocking=True)
+    # filled there: a copy from the host would wait for it
+    return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -50,7 +50,9 @@ def same_device(hidden: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError where a tensor lives on another device than the first."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"all tensors must be on one device: the first is on {hidden.device}, {name} on {tensor.device}")
+            raise ValueError(
+                f"all tensors must be on one device: the first is on {hidden.device}, {name} on {tensor.device}"
+            )
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -114,7 +116,9 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
     return bounds
 
 
-def row_temperatures(temperature: float | Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def row_temperatures(
+    temperature: float | Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """Temperatures per position, flat, in ``dtype``; None where the temperature is one number for all.
 
     Args:
@@ -137,7 +141,9 @@ def row_temperatures(temperature: float | Tensor, labels: Tensor, spread: Tensor
         return values.unsqueeze(1).expand(labels.shape).reshape(-1)
     if spread is not None and values.ndim == 1:
         return values.index_select(0, spread)
-    raise ValueError(f"temperature must be a number, (B,) or the shape of labels {_shape(labels)}: got {_shape(values)}")
+    raise ValueError(
+        f"temperature must be a number, (B,) or the shape of labels {_shape(labels)}: got {_shape(values)}"
+    )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -23,7 +23,8 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch) -> tuple[Tensor, Coeffi
         batch: the same tokens, whole horizons.
 
     Returns:
-        the value, (), in float64, and the coefficients, (N,) each in the dtype of the statistics, None where the loss does not
+        the value, (), in float64, and the coefficients, (N,) each in the dtype of the statistics, None where the loss
+        does not
         differentiate that statistic. Rows that carry no loss have coefficient 0.
     """
 
@@ -31,5 +32,17 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch) -> tuple[Tensor, Coeffi
         return total(loss(replace(stats, **inputs), batch))
 
     inputs = {name: getattr(stats, name) for name in loss.differentiates}
-    gradients, result = torch.func.grad_and_value(value)(inputs)
-    return result, Coefficients(**gradients)
+    if torch.compiler.is_compiling():
+        # traces inside an autograd.Function, which torch.autograd.grad does not
+        gradients, result = torch.func.grad_and_value(value)(inputs)
+        return result, Coefficients(**gradients)
+    # the caller may offload or checkpoint saved tensors: not these, and torch.func refuses such hooks
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        result = value(leaves)
+        found = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)
+    return result.detach(), Coefficients(**dict(zip(leaves, found, strict=True)))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import Batch, Loss
@@ -58,13 +60,17 @@ def linear_loss(
 ) -> LossOutput:
     """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
 
-    The call is cut into chunks of whole horizons of the loss (tokens, sequences, pairs, ...). A horizon larger than ``scratch_bytes`` still
-    costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call is that one horizon, else 4 less the share of
+    The call is cut into chunks of whole horizons of the loss (tokens, sequences, pairs, ...). A horizon larger than
+    ``scratch_bytes`` still
+    costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call is that one horizon,
+    else 4 less the share of
     its tiles that fit.
 
     Args:
-        hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point. Pairs: first half of the sequences chosen, second half rejected.
-        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of hidden).
+        hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point. Pairs: first half of the sequences
+            chosen, second half rejected.
+        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
+            hidden).
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         loss: from ``fused_po.losses.create``.
         bias: (V,) or None.
@@ -72,15 +78,20 @@ def linear_loss(
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
-        num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this call.
+        num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
+            call.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
-        scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB on a GPU, 64 MiB on a
+        scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
+            on a GPU, 64 MiB on a
             CPU. Less than one row needs is raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes alone).
+        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
+            alone).
         vocab_size: classes, where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
-        side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens, or per token in the
-            shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
+        side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
+            or per token in the
+            shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per token; ``desirable``
+            (B,) bool; ``kl``, ``shift`` scalars.
 
     Returns:
         LossOutput.
@@ -92,9 +103,22 @@ def linear_loss(
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
     ready = prepare(
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, cu_seqlens, scratch_bytes, plan, vocab_size, backend
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        cu_seqlens,
+        scratch_bytes,
+        plan,
+        vocab_size,
+        backend,
     )
     call, layout = ready.call, ready.layout
+    if call.wanted.any:
+        _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype
     batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
     value, *packed = _LinearLoss.apply(
@@ -130,6 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         return value.to(run.head.accumulation_dtype), *packed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         # in place: a second backward meets a changed tensor, and autograd raises
         factor, *gradients = ctx.saved_tensors
@@ -225,3 +250,14 @@ class _Run:
         for rows, stats in parts:
             Rows(rows.ranges, None).scatter(out, getattr(stats, name))
         return out
+
+
+def _warn_inside_checkpoint() -> None:
+    """Activation checkpointing runs the forward, and so the whole pass, a second time."""
+    if torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        warnings.warn(
+            "linear_loss makes its gradient in the forward: inside activation checkpointing it runs twice", stacklevel=3
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare
@@ -37,22 +38,27 @@ def linear_token_stats(
     vocab_size: int | None = None,
     backend: str | None = None,
 ) -> Stats:
-    """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all logits.
+    """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
+    logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs plus half of one for
-    each half of the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through ``entropy`` or ``lse`` recomputes
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs
+    plus half of one for
+    each half of the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through
+    ``entropy`` or ``lse`` recomputes
     the logits, and only when one arrives.
 
     Args:
         hidden: (B, S, H) or packed (N, H), floating point.
-        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of hidden).
+        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
+            hidden).
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         bias: (V,) or None.
         outputs: names from ``Stats``.
         temperature: T > 0, a number, (B,), or the shape of labels.
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
-        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a CPU. Less than one row
+        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a
+            CPU. Less than one row
             needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once.
         vocab_size: classes, where the weight has padded rows behind them; default V.
@@ -105,6 +111,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, temperatures, kept, home, *saved = ctx.saved_tensors
         call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))

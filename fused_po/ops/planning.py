@@ -1,6 +1,7 @@
 """Where the loss tokens are, and how a call is cut into chunks of whole horizons.
 
-This is the only place that synchronises with the host, once per call; a ``Plan`` made from the labels on the host (in the collator)
+This is the only place that synchronises with the host, once per call; a ``Plan`` made from the labels on the host (in
+the collator)
 removes that too.
 """
 
@@ -24,13 +25,18 @@ class Plan:
     """The loss tokens of a batch of labels.
 
     Attributes:
-        rows: (N,) int64, positions of the loss tokens in the flattened labels, sequence after sequence; None: every position.
-        lengths: rows of each sequence.
+        rows: (N,) int64, positions of the loss tokens in the flattened labels, sequence after sequence; None: every
+            position.
+        segments: (B,) int64, rows of each sequence, on the device of the labels.
+        lengths: the same on the host.
+        positions: number of positions of the labels.
         masked: True if some rows carry no loss and are to be masked (a plan from shapes alone).
     """
 
     rows: Tensor | None  # (N,)
+    segments: Tensor  # (B,)
     lengths: tuple[int, ...]
+    positions: int
     masked: bool = False
 
 
@@ -88,7 +94,8 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
 
     Args:
         labels: (B, S) or, with ``cu_seqlens``, packed (N,), int64, -100 ignored, already shifted.
-        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences from 0 to N; None with 1-D labels: one sequence.
+        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences from 0 to N; None with 1-D labels: one
+            sequence.
         device: where the plan will be used, default that of ``labels``.
 
     Raises:
@@ -103,9 +110,8 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
         counts = torch.cat([torch.zeros(1, dtype=torch.int64), loss.cumsum(0)])
         lengths = counts[bounds[1:]] - counts[bounds[:-1]]
     loss = loss.reshape(-1)
-    if bool(loss.all()):
-        return Plan(None, tuple(lengths.tolist()))
-    return Plan(loss.nonzero().squeeze(1).to(device, non_blocking=True), tuple(lengths.tolist()))
+    rows = None if bool(loss.all()) else loss.nonzero().squeeze(1).to(device, non_blocking=True)
+    return Plan(rows, lengths.to(device, non_blocking=True), tuple(lengths.tolist()), labels.numel())
 
 
 def static_plan(labels: Tensor, packed: bool) -> Plan:
@@ -114,12 +120,13 @@ def static_plan(labels: Tensor, packed: bool) -> Plan:
     Raises:
         ValueError: packed sequences, whose lengths are data.
     """
-    if labels.ndim == 1:
-        if packed:
-            raise ValueError("packed sequences can't be planned while tracing: make the plan before, with make_plan, and pass plan=")
-        return Plan(None, (labels.shape[0],), masked=True)
-    batch, length = labels.shape
-    return Plan(None, (length,) * batch, masked=True)
+    if labels.ndim == 1 and packed:
+        raise ValueError(
+            "packed sequences can't be planned while tracing: make the plan before, with make_plan, and pass plan="
+        )
+    batch, length = (1, labels.shape[0]) if labels.ndim == 1 else labels.shape
+    segments = torch.full((batch,), length, dtype=torch.int64, device=labels.device)
+    return Plan(None, segments, (length,) * batch, labels.numel(), masked=True)
 
 
 def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:

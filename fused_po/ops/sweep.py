@@ -1,10 +1,13 @@
 """Rows through the head and back, within a memory budget: forward to statistics, backward from coefficients.
 
-Forward runs GEMM 1 and the kernels tile by tile; backward runs GEMM 2 and 3. What lies between them (a loss, or a whole autograd graph) does
-not matter here. Tiles are kept from forward to backward while the budget lasts and recomputed where it does not, so a trainable head costs 3
+Forward runs GEMM 1 and the kernels tile by tile; backward runs GEMM 2 and 3. What lies between them (a loss, or a
+whole autograd graph) does
+not matter here. Tiles are kept from forward to backward while the budget lasts and recomputed where it does not, so a
+trainable head costs 3
 GEMMs plus the recomputed share of one, a frozen one 2:
 
-- *unscaled* (gradients through logp only): the sweep that makes the statistics writes G = d logp / dx over the logits; then dH = c (G W),
+- *unscaled* (gradients through logp only): the sweep that makes the statistics writes G = d logp / dx over the
+logits; then dH = c (G W),
   dW = G^T (c h), db = G^T c. The coefficient never enters the V-sized tile.
 - otherwise (entropy, lse): the raw logits are kept, and backward turns them into dL/dx.
 - *eager* (unscaled, frozen head): forward already runs GEMM 2; backward is a row scale.
@@ -97,7 +100,8 @@ class Sweep:
         wanted: which gradients will be asked for.
         unscaled: gradients come through logp only.
         workspace: where tiles live.
-        home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the gradient's own memory.
+        home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the
+            gradient's own memory.
     """
 
     def __init__(
@@ -151,7 +155,11 @@ class Sweep:
                 self.home[first:last] = product
             elif gradients is not None and gradients.hidden is not None:
                 self.rows.part(first, last).scatter(gradients.hidden, product)
-        merged = torch.cat(partials, 1) if partials else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
+        merged = (
+            torch.cat(partials, 1)
+            if partials
+            else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
+        )
         return finish(merged, self.labels, head.vocab_size, outputs)
 
     def backward(self, stats: Stats, coefficients: Coefficients, gradients: Gradients) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def token_stats(
 ) -> Stats:
     """Per-token statistics of ``z = softcap tanh(logit_scale logits / softcap) / T``: one read of the logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable; the backward reads the logits once more and writes their gradient.
+    ``logp``, ``entropy`` and ``lse`` are differentiable; the backward reads the logits once more and writes their
+    gradient.
 
     Args:
         logits: (B, S, V) or (N, V), floating point, any strides; a slice such as ``logits[:, :-1]`` is not copied.
@@ -38,7 +40,8 @@ def token_stats(
         temperature: T > 0, a number, (B,), or the shape of labels.
         softcap: caps logits; None does not.
         logit_scale: multiplies the logits.
-        inplace: True lets the backward overwrite the logits with their gradient, which saves (N, V); nothing else may need them then.
+        inplace: True lets the backward overwrite the logits with their gradient, which saves (N, V); nothing else may
+            need them then.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
 
     Returns:
@@ -85,8 +88,9 @@ def _token_stats(
 ) -> list[Tensor]:
     names, vocab = tuple(outputs.split(",")), logits.shape[-1]
     flat = labels.reshape(-1)
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
     partials = [
-        library.row_stats(x, flat[rows], _transform(temperatures, rows, temperature, softcap, logit_scale), Span(0, vocab), names, backend)
+        library.row_stats(x, flat[rows], _part(transform, rows), Span(0, vocab), names, backend)
         for x, rows in _matrices(logits)
     ]
     stats = finish(torch.cat(partials, 1), flat, vocab, names)
@@ -177,22 +181,20 @@ def _write_grad(
         part = Stats(**{name: value[rows] for name, value in local.present().items()})
         c = Coefficients(*(None if t is None else t[rows].contiguous() for t in triple))
         to = None if out is None else out.view(-1, span.width)[rows]
-        library.row_grad(x, flat[rows], _transform_of(transform, rows), span, part, c, to, backend)
+        library.row_grad(x, flat[rows], _part(transform, rows), span, part, c, to, backend)
 
 
-def _transform(
-    temperatures: Tensor | None, rows: slice, temperature: float, softcap: float | None, logit_scale: float
-) -> Transform:
-    return _transform_of(Transform(temperature, temperatures, softcap, logit_scale), rows)
-
-
-def _transform_of(transform: Transform, rows: slice) -> Transform:
-    temperatures = None if transform.temperatures is None else transform.temperatures[rows]
-    return Transform(transform.temperature, temperatures, transform.softcap, transform.logit_scale)
+def _part(transform: Transform, rows: slice) -> Transform:
+    """The transform of some rows."""
+    if transform.temperatures is None:
+        return transform
+    return replace(transform, temperatures=transform.temperatures[rows])
 
 
 def _matrices(logits: Tensor) -> list[tuple[Tensor, slice]]:
-    """(N, V) views of the logits and the flat rows they stand for; a slice of a batch gives one per sequence, never a copy."""
+    """(N, V) views of the logits and the flat rows they stand for; a slice of a batch gives one per sequence, never a
+    copy.
+    """
     if logits.ndim == 2:
         return [(logits, slice(0, logits.shape[0]))]
     batch, length, vocab = logits.shape
