@@ -43,12 +43,12 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
 def difference(left: Tensor, right: Tensor) -> Tensor:
     """``left - right`` of log-probs, clamped to +-1e30; 0 where both are the same infinity."""
     same = (left == right) & left.isinf()
-    return torch.where(same, 0.0, left - right).clamp(-HUGE, HUGE)
+    return _bounded(torch.where(same, 0.0, left - right), HUGE)
 
 
 def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
     """``logp - other`` per token, clamped to +-80 so that its exponential stays finite."""
-    return difference(logp, other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _bounded(difference(logp, other), MAX_LOG_RATIO)
 
 
 def importance_ratio(logp: Tensor, old: Tensor | None) -> Tensor:
@@ -89,3 +89,8 @@ def require_range(loss: object, name: str, low: float, high: float, *, open_low:
     if not inside:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
+
+
+def _bounded(values: Tensor, limit: float) -> Tensor:
+    """Clamp to +-limit; unlike ``clamp``, whose gradient hides a NaN, this keeps it."""
+    return torch.where(values.abs() > limit, values.sign() * limit, values)
