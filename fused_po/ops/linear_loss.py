@@ -17,7 +17,7 @@ from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
-from fused_po.ops.planning import Chunk, Plan, Rows, cut
+from fused_po.ops.planning import Chunk, Plan, Rows, cut, steps
 from fused_po.ops.sweep import Budget, Sweep, Workspace
 from fused_po.stats import STATISTICS, Stats
 
@@ -197,13 +197,13 @@ class _Run:
 
     def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
         """The pattern of the coefficients, where waiting for their scalar is worth it: one horizon that does not fit."""
-        alone = len(chunks) == 1 and len(chunks[0].rows) > self.budget.whole
+        alone = len(chunks) == 1 and chunks[0].rows.count > self.budget.whole
         return self.loss.pattern(batch) if alone and self.unscaled and self.call.wanted.head else None
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
         home = None
-        if len(chunk.rows) <= self.budget.whole and self.call.wanted.hidden and not self.call.wanted.head:
-            home = self.workspace.get("home", len(chunk.rows), self.hidden.shape[1], self.head.accumulation_dtype)
+        if chunk.rows.count <= self.budget.whole and self.call.wanted.hidden and not self.call.wanted.head:
+            home = self.workspace.get("home", chunk.rows.count, self.hidden.shape[1], self.head.accumulation_dtype)
         sweep = self._sweep(chunk.rows, home)
         stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
         value, triple = coefficients(self.loss, stats, batch)
@@ -214,12 +214,12 @@ class _Run:
     def _deferred(self, chunk: Chunk, batch: Batch, pattern: Tensor) -> tuple[Tensor, Stats, Tensor]:
         """Accumulate with the pattern; the horizon's scalar comes last, as the factor of all gradients."""
         parts: list[tuple[Rows, Stats]] = []
-        for first in range(0, len(chunk.rows), self.budget.whole):
-            rows = chunk.rows.part(first, first + self.budget.whole)
+        for first, last in steps(0, chunk.rows.count, self.budget.whole):
+            rows = chunk.rows.part(first, last)
             sweep = self._sweep(rows, None)
             stats = sweep.forward(self.outputs)
-            sweep.backward(stats, Coefficients(pattern[first : first + len(rows)]), self.gradients)
-            parts.append((Rows(((first, first + len(rows)),), None), stats))
+            sweep.backward(stats, Coefficients(pattern[first:last]), self.gradients)
+            parts.append((Rows(((first, last),), None), stats))
         whole = Stats(**{name: self._collect(name, parts) for name in STATISTICS if name in self.outputs})
         whole = masked_stats(whole, batch.mask)
         value, triple = coefficients(self.loss, whole, batch)
@@ -246,7 +246,7 @@ class _Run:
     def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:
         """One statistic of all chunks in planned order, (N,)."""
         dtype = torch.bool if name == "is_top1" else self.head.accumulation_dtype
-        out = self.hidden.new_zeros(sum(len(rows) for rows, _ in parts), dtype=dtype)
+        out = self.hidden.new_zeros(sum(rows.count for rows, _ in parts), dtype=dtype)
         for rows, stats in parts:
             Rows(rows.ranges, None).scatter(out, getattr(stats, name))
         return out

@@ -7,7 +7,7 @@ removes that too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_po.ops.checks import IGNORE, check_cu_seqlens
 
-__all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan"]
+__all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan", "steps"]
 
 Range = tuple[int, int]
 
@@ -47,7 +47,8 @@ class Rows:
     ranges: tuple[Range, ...]
     positions: Tensor | None  # (N,)
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return sum(stop - start for start, stop in self.ranges)
 
     def part(self, first: int, last: int) -> Rows:
@@ -140,11 +141,8 @@ def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
         offsets.append(offsets[-1] + length)
     count = len(plan.lengths)
     if horizon == "token":
-        step = max(1, capacity)
-        return [
-            Chunk(Rows(((first, min(first + step, offsets[-1])),), plan.rows), ())
-            for first in range(0, offsets[-1], step)
-        ]
+        whole = steps(0, offsets[-1], max(1, capacity))
+        return [Chunk(Rows((part,), plan.rows), ()) for part in whole]
     if horizon == "sequence":
         groups = _greedy([plan.lengths[i] for i in range(count)], capacity)
         sides = [((first, last),) for first, last in groups]
@@ -160,6 +158,14 @@ def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
         # a group of prompts is part of the batch: the whole call is the safe superset
         sides = [((0, count),)]
     return [Chunk(Rows(_row_ranges(ranges, offsets), plan.rows), ranges) for ranges in sides]
+
+
+def steps(first: int, last: int, step: int) -> Iterator[Range]:
+    """[first, last) in ranges of at most ``step``; ``range`` would tie a traced graph to one length, a comparison does not."""
+    while first < last:
+        stop = min(first + step, last)
+        yield first, stop
+        first = stop
 
 
 def _row_ranges(sequences: Sequence[Range], offsets: list[int]) -> tuple[Range, ...]:

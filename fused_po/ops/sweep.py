@@ -25,7 +25,7 @@ from fused_po.kernels import library
 from fused_po.kernels.contract import PARTIALS, Coefficients, Transform, finish
 from fused_po.ops.gradients import Gradients, Wanted
 from fused_po.ops.head import Head
-from fused_po.ops.planning import Rows
+from fused_po.ops.planning import Rows, steps
 from fused_po.stats import Stats
 
 __all__ = ["Budget", "Sweep", "Workspace"]
@@ -123,7 +123,7 @@ class Sweep:
         self.workspace, self.home = workspace, home
         self.eager = unscaled and wanted.hidden and not wanted.head
         keeps = wanted.any and not self.eager
-        count = len(rows)
+        count = rows.count
         self.kept_rows = 0 if not keeps else count if count <= budget.whole else budget.kept
         self.in_place = head.compute_dtype == head.accumulation_dtype
         self.kept: Tensor | None = None
@@ -142,7 +142,7 @@ class Sweep:
                 partials.append(self._softmax(logits, first, last, outputs, None if logits is kept else kept))
             else:
                 partials.append(self._stats(logits, first, last, outputs))
-        for first, last in self._steps(self.kept_rows, len(self.rows)):
+        for first, last in self._steps(self.kept_rows, self.rows.count):
             logits = self._logits_buffer(last - first)
             head.logits_into(logits, self._hidden(first, last))
             if not self.eager:
@@ -174,7 +174,7 @@ class Sweep:
             if not self.unscaled:
                 tile = self._grad(tile, first, last, stats, coefficients)
             self._add(tile, first, last, coefficients, gradients)
-        for first, last in self._steps(self.kept_rows, len(self.rows)):
+        for first, last in self._steps(self.kept_rows, self.rows.count):
             logits = self._logits_buffer(last - first)
             self.head.logits_into(logits, self._hidden(first, last))
             if self.unscaled:
@@ -203,8 +203,7 @@ class Sweep:
 
     def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
         assert coefficients.logp is not None and gradients.hidden is not None
-        for first in range(0, len(self.rows), MAX_TILE_ROWS):
-            last = min(first + MAX_TILE_ROWS, len(self.rows))
+        for first, last in steps(0, self.rows.count, MAX_TILE_ROWS):
             part = self.rows.part(first, last)
             product = part.gather(gradients.hidden) if self.home is None else self.home[first:last]
             scaled = product.to(self.head.accumulation_dtype) * coefficients.logp[first:last].unsqueeze(1)
@@ -232,8 +231,7 @@ class Sweep:
         """Row ranges at a time: kept tiles in place need no buffer in flight and go at once."""
         whole = self.in_place and last <= self.kept_rows
         step = max(1, last - first) if whole else self.budget.tile
-        for start in range(first, last, step):
-            yield start, min(start + step, last)
+        return steps(first, last, step)
 
     def _hidden(self, first: int, last: int) -> Tensor:
         return self.rows.part(first, last).gather(self.hidden)

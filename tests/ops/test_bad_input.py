@@ -1,0 +1,115 @@
+"""Bad input: one clear sentence that says what was got and what was wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_po import losses
+from fused_po.ops import linear_loss, linear_token_stats, token_stats
+
+B, S, H, V = 4, 3, 8, 11
+HIDDEN, WEIGHT = torch.randn(B, S, H), torch.randn(V, H)
+LABELS = torch.randint(0, V, (B, S))
+META = torch.device("meta")
+
+
+def changed(index: int, value: int) -> torch.Tensor:
+    labels = LABELS.clone()
+    labels[1, index] = value
+    return labels
+
+
+HEAD_CASES = {
+    "hidden 1-D": ({"hidden": HIDDEN[0, 0]}, r"hidden must be \(B, S, H\) or \(N, H\).*got \(8,\) and \(4, 3\)"),
+    "labels of another shape": ({"labels": LABELS[:, :2]}, r"got \(4, 3, 8\) and \(4, 2\)"),
+    "weight of another width": ({"weight": WEIGHT[:, :5]}, r"weight must be \(V, H\) with H = 8: got \(11, 5\)"),
+    "bias of another length": ({"bias": torch.zeros(7)}, r"bias must be \(V,\) with V = 11: got \(7,\)"),
+    "integer hidden": ({"hidden": HIDDEN.long()}, "hidden must be floating point: got torch.int64"),
+    "label too large": ({"labels": changed(2, V)}, r"lie in \[0, 11\): got 11 at \[1, 2\]"),
+    "label negative": ({"labels": changed(0, -1)}, r"got -1 at \[1, 0\]"),
+    "label beyond vocab_size": ({"labels": changed(0, 9), "vocab_size": 9}, r"lie in \[0, 9\)"),
+    "int32 labels": ({"labels": LABELS.int()}, "labels must be int64: got torch.int32"),
+    "weight on another device": ({"weight": WEIGHT.to(META)}, "one device: the first is on cpu, weight on meta"),
+    "labels on another device": ({"labels": LABELS.to(META)}, "labels on meta"),
+    "vocab_size": ({"vocab_size": 12}, r"vocab_size must lie in \[1, 11\].*got 12"),
+    "temperature 0": ({"temperature": 0.0}, "temperature must be a positive number: got 0.0"),
+    "temperature of another shape": ({"temperature": torch.ones(3)}, r"temperature must be a number, \(B,\)"),
+    "softcap": ({"softcap": -1.0}, "softcap must be a positive number or None: got -1.0"),
+    "logit_scale": ({"logit_scale": float("inf")}, "logit_scale must be finite"),
+    "scratch": ({"scratch_bytes": -1}, "scratch_bytes must not be negative"),
+    "backend": ({"backend": "tritron"}, "unknown backend 'tritron': expected one of"),
+}
+
+
+@pytest.mark.parametrize("case", HEAD_CASES)
+@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats"])
+def test_head(operation, case):
+    options, message = HEAD_CASES[case]
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, **options}
+    with pytest.raises(ValueError, match=message):
+        if operation == "linear_loss":
+            linear_loss(loss=losses.create("sft"), **arguments)
+        else:
+            linear_token_stats(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("side_inputs", "message"),
+    [
+        ({}, "loss 'sigmoid' needs ref_logp"),
+        ({"ref_logp": torch.zeros(3)}, r"ref_logp must have shape \(4,\) or \(4, 3\).*got \(3,\)"),
+        ({"ref_logp": torch.zeros(4, 1)}, r"got \(4, 1\)"),
+        ({"ref_logp": [0.0] * 4}, "ref_logp must be a tensor: got list"),
+        ({"ref_logp": torch.zeros(4, device=META)}, "ref_logp on meta"),
+        ({"ref_logp": torch.zeros(4), "advantage": torch.zeros(4)}, "does not read advantage; it reads ref_logp"),
+        ({"ref_logps": torch.zeros(4)}, "unknown side input ref_logps: expected some of advantage"),
+    ],
+)
+def test_side_inputs(side_inputs, message):
+    with pytest.raises(ValueError, match=message):
+        linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sigmoid"), **side_inputs)
+
+
+def test_a_token_loss_wants_reference_log_probs_per_token():
+    loss = losses.create("dapo", beta=0.1)
+    with pytest.raises(ValueError, match=r"ref_logp token by token: got \(B,\), wanted the shape of labels"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, loss, advantage=torch.zeros(4), ref_logp=torch.zeros(4))
+
+
+def test_desirable_is_bool_and_kl_one_number():
+    loss, given = losses.create("kto"), {"ref_logp": torch.zeros(4)}
+    with pytest.raises(ValueError, match="desirable must be bool: got torch.int64"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, loss, desirable=torch.ones(4).long(), kl=0.0, **given)
+    with pytest.raises(ValueError, match=r"kl must have shape \(\): got \(4,\)"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, loss, desirable=torch.ones(4).bool(), kl=torch.zeros(4), **given)
+
+
+def test_other_arguments():
+    with pytest.raises(ValueError, match=r"loss must come from fused_po.losses.create\(name\): got 'sigmoid'"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, "sigmoid")
+    with pytest.raises(ValueError, match="even number of sequences"):
+        linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("simpo"))
+    with pytest.raises(ValueError, match="a normaliser must be one number"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), num_items=torch.ones(2))
+    for outputs, message in (("logp", "a tuple of names"), ((), "a tuple of names"), (("logprob",), "'logprob'")):
+        with pytest.raises(ValueError, match=message):
+            linear_token_stats(HIDDEN, WEIGHT, LABELS, outputs=outputs)
+        with pytest.raises(ValueError, match=message):
+            token_stats(torch.randn(B, S, V), LABELS, outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (torch.randn(V), torch.tensor(1), "logits must be"),
+        (torch.randn(B, S, V), LABELS[:, :2], r"got \(4, 3, 11\) and \(4, 2\)"),
+        (torch.randn(B, S, 0), LABELS, "logits must be"),
+        (torch.ones(B, S, V).long(), LABELS, "logits must be floating point"),
+        (torch.randn(B, S, V), changed(0, V), r"lie in \[0, 11\)"),
+        (torch.randn(B, S, V, device=META), LABELS, "labels on cpu"),
+    ],
+)
+def test_token_stats(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        token_stats(logits, labels)

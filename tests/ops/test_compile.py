@@ -1,0 +1,121 @@
+"""``torch.compile(fullgraph=True)`` of a step around each operation, and ``opcheck`` of ``token_stats``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_po import losses
+from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
+from tests.losses.cases import create
+from tests.ops.problems import Problem, relative_error
+
+
+def step(name: str, problem: Problem):
+    """A training step's loss as a function of the leaves."""
+    options = problem.options()
+
+    def of_linear_loss(hidden, weight, bias):
+        given = {**options, "bias": bias, **problem.side_inputs}
+        return linear_loss(hidden, weight, problem.labels, problem.loss, scratch_bytes=20_000, **given).loss
+
+    def of_statistics(hidden, weight, bias):
+        given = {**options, "bias": bias, "outputs": ("logp", "entropy", "is_top1")}
+        stats = linear_token_stats(hidden, weight, problem.labels, **given)
+        return torch.sigmoid(stats.logp.sum(-1)).sum() - 0.1 * stats.entropy.mean()
+
+    def of_logits(hidden, weight, bias):
+        stats = token_stats(hidden @ weight.t() + bias, problem.labels, outputs=("logp", "entropy", "is_top1"))
+        return torch.sigmoid(stats.logp.sum(-1)).sum() - 0.1 * stats.entropy.mean()
+
+    return {"linear_loss": of_linear_loss, "linear_token_stats": of_statistics, "token_stats": of_logits}[name]
+
+
+# inductor adds only compilation time to what the tracer shows, so it runs once
+@pytest.mark.parametrize(
+    ("operation", "case", "backend"),
+    [
+        ("linear_loss", "sigmoid", "aot_eager"),
+        ("linear_loss", "dapo-all", "aot_eager"),
+        ("linear_loss", "simpo", "inductor"),
+        ("linear_token_stats", "sft", "aot_eager"),
+        ("token_stats", "sft", "aot_eager"),
+    ],
+)
+def test_fullgraph(operation, case, backend):
+    torch._dynamo.reset()
+    problem = Problem(create(case))
+    function = step(operation, problem)
+    want = function(*problem.leaves)
+    truth = torch.autograd.grad(want, problem.leaves)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    got = compiled(*problem.leaves)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, problem.leaves), truth, strict=True):
+        assert relative_error(a, b) < 1e-11
+
+
+def test_fullgraph_with_a_plan_of_packed_sequences():
+    torch._dynamo.reset()
+    problem = Problem(losses.create("sigmoid"))
+    hidden, weight, labels = problem.arguments()
+    cu_seqlens = torch.arange(0, 55, 9)
+    plan = make_plan(labels.flatten(), cu_seqlens=cu_seqlens)
+
+    def function(hidden, weight):
+        found = linear_loss(
+            hidden,
+            weight,
+            labels.flatten(),
+            problem.loss,
+            plan=plan,
+            bias=problem.tensors["bias"],
+            **problem.side_inputs,
+        )
+        return found.loss
+
+    flat = hidden.detach().flatten(0, 1).requires_grad_()
+    want = torch.autograd.grad(function(flat, weight), (flat, weight))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(flat, weight), (flat, weight)), want, strict=True):
+        assert relative_error(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats", "token_stats"])
+def test_a_new_length_compiles_once_more_at_most(operation):
+    torch._dynamo.reset()
+    compilations = 0
+
+    def backend(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    weight, loss = torch.randn(11, 8, requires_grad=True), losses.create("sigmoid")
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def function(hidden, labels, ref_logp):
+        if operation == "linear_loss":
+            return linear_loss(hidden, weight, labels, loss, ref_logp=ref_logp).loss
+        if operation == "linear_token_stats":
+            return linear_token_stats(hidden, weight, labels).logp.sum()
+        return token_stats(hidden @ weight.t(), labels).logp.sum()
+
+    for length in (5, 6, 7, 8, 9):
+        labels = torch.zeros(2, length, dtype=torch.int64)
+        function(torch.randn(2, length, 8, requires_grad=True), labels, torch.zeros(2))
+    # the first length, then any length
+    assert compilations <= 2
+
+
+@pytest.mark.parametrize("outputs", ["logp,lse", "logp,entropy,lse,is_top1"])
+def test_opcheck(outputs):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0, 6, -100], [3, -100, 1]])
+    temperatures = torch.rand(6, dtype=torch.float64) + 0.5
+    arguments = (logits, labels, temperatures, 1.0, 12.0, 1.1, outputs, False, None)
+    torch.library.opcheck(torch.ops.fused_po.token_stats, arguments)
+    # not a training step: the backward is an operator of its own
+    values = torch.randn(3, 2, 3, dtype=torch.float64)
+    arguments = (logits.detach(), labels, temperatures, 1.0, 12.0, 1.1, *values, *values, None)
+    torch.library.opcheck(torch.ops.fused_po.token_stats_backward, arguments)
