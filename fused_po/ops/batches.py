@@ -47,7 +47,8 @@ class Layout:
         """
         if plan.positions != labels.numel() or plan.segments.device != labels.device:
             raise ValueError(
-                f"the plan is of {plan.positions} labels on {plan.segments.device}: got {labels.numel()} on {labels.device}"
+                f"the plan is of {plan.positions} labels on {plan.segments.device}: "
+                f"got {labels.numel()} on {labels.device}"
             )
         count, segments = sum(plan.lengths), plan.segments
         rows = Rows(((0, count),), plan.rows)

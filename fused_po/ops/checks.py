@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     """
     if hidden.ndim not in (2, 3) or labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"hidden must be (B, S, H) or (N, H) and labels the same without H: got {_shape(hidden)} and {_shape(labels)}"
+            "hidden must be (B, S, H) or (N, H) and labels the same without H: "
+            f"got {_shape(hidden)} and {_shape(labels)}"
         )
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]}: got {_shape(weight)}")
@@ -69,7 +71,8 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
         raise ValueError(
-            f"labels must be {IGNORE} or lie in [0, {vocab_size}): got {labels[wrong][0].item()} at {wrong.nonzero()[0].tolist()}"
+            f"labels must be {IGNORE} or lie in [0, {vocab_size}): "
+            f"got {labels[wrong][0].item()} at {wrong.nonzero()[0].tolist()}"
         )
 
 
@@ -87,14 +90,14 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
         raise ValueError(f"logit_scale must be finite: got {logit_scale}")
 
 
-def check_outputs(outputs: tuple[str, ...]) -> None:
+def check_outputs(outputs: Sequence[str]) -> None:
     """Names of statistics.
 
     Raises:
-        ValueError: a string in place of a tuple, none at all, or an unknown name.
+        ValueError: a string in place of a sequence, none at all, or an unknown name.
     """
     if isinstance(outputs, str) or not outputs:
-        raise ValueError(f"outputs must be a tuple of names from {', '.join(STATISTICS)}: got {outputs!r}")
+        raise ValueError(f"outputs must be a sequence of names from {', '.join(STATISTICS)}: got {outputs!r}")
     for name in outputs:
         if name not in STATISTICS:
             raise ValueError(f"unknown output {name!r}: expected some of {', '.join(STATISTICS)}")

@@ -173,7 +173,7 @@ class _Run:
         self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
         self.unscaled = loss.differentiates == ("logp",)
         self.budget = Budget.of(call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted)
-        self.outputs = tuple(dict.fromkeys((*loss.statistics, "logp", "lse")))
+        self.outputs = tuple(dict.fromkeys((*loss.statistics, "logp")))
         self.gradients = Gradients(call.wanted, hidden, head)
         self.workspace = Workspace(head)
 
@@ -196,7 +196,7 @@ class _Run:
         return value, factor, {name: self._collect(name, parts) for name in self.loss.statistics}
 
     def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
-        """The pattern of the coefficients, where waiting for their scalar is worth it: one horizon that does not fit."""
+        """The pattern of the coefficients, where their scalar must be waited for: one horizon that does not fit."""
         alone = len(chunks) == 1 and chunks[0].rows.count > self.budget.whole
         return self.loss.pattern(batch) if alone and self.unscaled and self.call.wanted.head else None
 
@@ -208,7 +208,7 @@ class _Run:
         stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
         value, triple = coefficients(self.loss, stats, batch)
         if self.call.wanted.any:
-            sweep.backward(stats, triple, self.gradients)
+            sweep.backward(triple, self.gradients)
         return value, stats
 
     def _deferred(self, chunk: Chunk, batch: Batch, pattern: Tensor) -> tuple[Tensor, Stats, Tensor]:
@@ -218,7 +218,7 @@ class _Run:
             rows = chunk.rows.part(first, last)
             sweep = self._sweep(rows, None)
             stats = sweep.forward(self.outputs)
-            sweep.backward(stats, Coefficients(pattern[first:last]), self.gradients)
+            sweep.backward(Coefficients(pattern[first:last]), self.gradients)
             parts.append((Rows(((first, last),), None), stats))
         whole = Stats(**{name: self._collect(name, parts) for name in STATISTICS if name in self.outputs})
         whole = masked_stats(whole, batch.mask)

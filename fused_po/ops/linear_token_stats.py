@@ -19,9 +19,6 @@ from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
 
 __all__ = ["linear_token_stats"]
 
-# the gradient of any differentiable statistic is made from these
-_SAVED = ("logp", "entropy", "lse")
-
 
 def linear_token_stats(
     hidden: Tensor,
@@ -70,7 +67,6 @@ def linear_token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
-    outputs = tuple(outputs) if not isinstance(outputs, str) else outputs
     check_outputs(outputs)
     ready = prepare(
         hidden, weight, labels, bias, temperature, softcap, logit_scale, None, scratch_bytes, plan, vocab_size, backend
@@ -102,18 +98,16 @@ class _LinearTokenStats(torch.autograd.Function):
             if wanted.hidden and not wanted.head:
                 home = hidden.new_empty((labels.shape[0], hidden.shape[1]), dtype=storage_dtype(hidden.dtype))
             sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=True, home=home)
-            stats = sweep.forward(tuple(dict.fromkeys((*asked, "logp", "lse"))))
+            stats = sweep.forward(asked)
         values = tuple(getattr(stats, name) for name in asked)
         ctx.mark_non_differentiable(*(v for name, v in zip(asked, values, strict=True) if name not in DIFFERENTIABLE))
-        # what is also an output is saved as such, not twice
-        saved = [getattr(stats, name) for name in _SAVED]
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, *saved)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, sweep.anchors)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, temperatures, kept, home, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, temperatures, kept, home, anchors = ctx.saved_tensors
         call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
         given = dict(zip(ctx.asked, grad_outputs, strict=True))
         triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
@@ -126,7 +120,8 @@ class _LinearTokenStats(torch.autograd.Function):
                     sweep.kept = kept
                 else:
                     sweep.kept_rows, sweep.kept = 0, kept[:0]
-                sweep.backward(Stats(**dict(zip(_SAVED, saved, strict=True))), triple, gradients)
+                sweep.anchors = anchors
+                sweep.backward(triple, gradients)
             found = gradients.finish()
         like = (hidden, weight, bias)
         return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)), *[None] * 4)

@@ -141,8 +141,9 @@ def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
         offsets.append(offsets[-1] + length)
     count = len(plan.lengths)
     if horizon == "token":
-        whole = steps(0, offsets[-1], max(1, capacity))
-        return [Chunk(Rows((part,), plan.rows), ()) for part in whole]
+        parts = steps(0, offsets[-1], max(1, capacity))
+        return [Chunk(Rows((part,), plan.rows), ()) for part in parts]
+    sides: list[tuple[Range, ...]]
     if horizon == "sequence":
         groups = _greedy([plan.lengths[i] for i in range(count)], capacity)
         sides = [((first, last),) for first, last in groups]
@@ -161,7 +162,9 @@ def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
 
 
 def steps(first: int, last: int, step: int) -> Iterator[Range]:
-    """[first, last) in ranges of at most ``step``; ``range`` would tie a traced graph to one length, a comparison does not."""
+    """[first, last) in ranges of at most ``step``; ``range`` would tie a traced graph to one length, a comparison
+    does not.
+    """
     while first < last:
         stop = min(first + step, last)
         yield first, stop

@@ -127,6 +127,7 @@ class Sweep:
         self.kept_rows = 0 if not keeps else count if count <= budget.whole else budget.kept
         self.in_place = head.compute_dtype == head.accumulation_dtype
         self.kept: Tensor | None = None
+        self.anchors: Tensor | None = None
 
     def forward(self, outputs: tuple[str, ...], gradients: Gradients | None = None) -> Stats:
         """GEMM 1 and the statistics (R,); eager sweeps put the product of GEMM 2 into ``home`` or ``gradients``."""
@@ -160,9 +161,10 @@ class Sweep:
             if partials
             else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
         )
-        return finish(merged, self.labels, head.vocab_size, outputs)
+        stats, self.anchors = finish(merged, self.labels, head.vocab_size, outputs)
+        return stats
 
-    def backward(self, stats: Stats, coefficients: Coefficients, gradients: Gradients) -> None:
+    def backward(self, coefficients: Coefficients, gradients: Gradients) -> None:
         """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows."""
         if self.eager:
             self._scale_products(coefficients, gradients)
@@ -172,7 +174,7 @@ class Sweep:
             assert self.kept is not None
             tile = self.kept[first:last]
             if not self.unscaled:
-                tile = self._grad(tile, first, last, stats, coefficients)
+                tile = self._grad(tile, first, last, coefficients)
             self._add(tile, first, last, coefficients, gradients)
         for first, last in self._steps(self.kept_rows, self.rows.count):
             logits = self._logits_buffer(last - first)
@@ -181,7 +183,7 @@ class Sweep:
                 tile = self._tile_buffer(logits)
                 self._softmax(logits, first, last, ("logp",), None if tile is logits else tile)
             else:
-                tile = self._grad(logits, first, last, stats, coefficients)
+                tile = self._grad(logits, first, last, coefficients)
             self._add(tile, first, last, coefficients, gradients)
 
     def _add(self, tile: Tensor, first: int, last: int, coefficients: Coefficients, gradients: Gradients) -> None:
@@ -217,14 +219,15 @@ class Sweep:
         head, labels = self.head, self.labels[first:last]
         return library.row_softmax(logits, labels, self._transform(first, last), head.span, outputs, out, head.backend)
 
-    def _grad(self, logits: Tensor, first: int, last: int, stats: Stats, coefficients: Coefficients) -> Tensor:
+    def _grad(self, logits: Tensor, first: int, last: int, coefficients: Coefficients) -> Tensor:
         """dL/dx in the compute dtype; overwrites the logits where that is theirs."""
         head, tile = self.head, self._tile_buffer(logits)
-        local = Stats(**{name: value[first:last] for name, value in stats.present().items()})
+        assert self.anchors is not None
+        anchors = self.anchors[:, first:last]
         triple = Coefficients(*(None if c is None else c[first:last] for c in coefficients))
         out = None if tile is logits else tile
         labels, transform = self.labels[first:last], self._transform(first, last)
-        library.row_grad(logits, labels, transform, head.span, local, triple, out, head.backend)
+        library.row_grad(logits, labels, transform, head.span, anchors, triple, out, head.backend)
         return tile
 
     def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_po.kernels import library
-from fused_po.kernels.contract import Coefficients, Span, Transform, accumulation_dtype, finish
+from fused_po.kernels.contract import ANCHORS, Coefficients, Span, Transform, accumulation_dtype, finish
 from fused_po.ops.checks import IGNORE, check_labels, check_outputs, check_scalars, row_temperatures, same_device
 from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
 
@@ -50,7 +50,6 @@ def token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
-    outputs = tuple(outputs) if not isinstance(outputs, str) else outputs
     check_outputs(outputs)
     if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or logits.shape[-1] < 1:
         raise ValueError(
@@ -65,13 +64,10 @@ def token_stats(
     temperatures = row_temperatures(temperature, labels, None, accumulation_dtype(logits.dtype))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     asked = tuple(name for name in STATISTICS if name in outputs)
-    # the gradient of any differentiable statistic is made from these two and, for its own, the entropy
-    made = tuple(name for name in STATISTICS if name in (*asked, "logp", "lse"))
-    values = torch.ops.fused_po.token_stats(
-        logits, labels, temperatures, number, softcap, logit_scale, ",".join(made), inplace, backend
+    *values, _ = torch.ops.fused_po.token_stats(
+        logits, labels, temperatures, number, softcap, logit_scale, ",".join(asked), inplace, backend
     )
-    found = dict(zip(made, values, strict=True))
-    return Stats(**{name: found[name] != 0 if name == "is_top1" else found[name] for name in asked})
+    return Stats(**{n: v != 0 if n == "is_top1" else v for n, v in zip(asked, values, strict=True)})
 
 
 @torch.library.custom_op("fused_po::token_stats", mutates_args=())
@@ -93,17 +89,19 @@ def _token_stats(
         library.row_stats(x, flat[rows], _part(transform, rows), Span(0, vocab), names, backend)
         for x, rows in _matrices(logits)
     ]
-    stats = finish(torch.cat(partials, 1), flat, vocab, names)
+    stats, anchors = finish(torch.cat(partials, 1), flat, vocab, names)
     keep = flat != IGNORE
     values = stats.present().values()
-    return [torch.where(keep, v, torch.zeros_like(v)).to(stats.lse.dtype).reshape(labels.shape) for v in values]
+    shaped = [torch.where(keep, v, torch.zeros_like(v)).to(anchors.dtype).reshape(labels.shape) for v in values]
+    return [*shaped, torch.where(keep, anchors, 0.0)]
 
 
 @_token_stats.register_fake
 def _token_stats_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> list[Tensor]:
     outputs = arguments[4]
     dtype = accumulation_dtype(logits.dtype)
-    return [logits.new_empty(labels.shape, dtype=dtype) for _ in outputs.split(",")]
+    shaped = [logits.new_empty(labels.shape, dtype=dtype) for _ in outputs.split(",")]
+    return [*shaped, logits.new_empty((len(ANCHORS), labels.numel()), dtype=dtype)]
 
 
 @torch.library.custom_op("fused_po::token_stats_backward", mutates_args=())
@@ -114,9 +112,7 @@ def _token_stats_backward(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
-    logp: Tensor,
-    entropy: Tensor | None,
-    lse: Tensor,
+    anchors: Tensor,
     c: Tensor | None,
     e: Tensor | None,
     l: Tensor | None,  # noqa: E741
@@ -124,7 +120,7 @@ def _token_stats_backward(
 ) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     transform = Transform(temperature, temperatures, softcap, logit_scale)
-    _write_grad(logits, labels, transform, Stats(logp, entropy, lse), Coefficients(c, e, l), out, backend)
+    _write_grad(logits, labels, transform, anchors, Coefficients(c, e, l), out, backend)
     return out
 
 
@@ -137,26 +133,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     logits, labels, temperatures, temperature, softcap, logit_scale, outputs, inplace, backend = inputs
     ctx.set_materialize_grads(False)
     names = outputs.split(",")
-    found = dict(zip(names, output, strict=True))
-    ctx.save_for_backward(logits, labels, temperatures, *(found.get(name) for name in DIFFERENTIABLE))
+    *values, anchors = output
+    ctx.save_for_backward(logits, labels, temperatures, anchors)
     ctx.names, ctx.numbers, ctx.inplace, ctx.backend = names, (temperature, softcap, logit_scale), inplace, backend
-    ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
+    constant = [v for name, v in zip(names, values, strict=True) if name not in DIFFERENTIABLE]
+    ctx.mark_non_differentiable(*constant, anchors)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    logits, labels, temperatures, logp, entropy, lse = ctx.saved_tensors
+    logits, labels, temperatures, anchors = ctx.saved_tensors
     temperature, softcap, logit_scale = ctx.numbers
-    given = dict(zip(ctx.names, grads, strict=True))
+    given = dict(zip(ctx.names, grads[:-1], strict=True))
     triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
     nothing = [None] * 8
     if all(c is None for c in triple):
         return None, *nothing
     if ctx.inplace:
         transform = Transform(temperature, temperatures, softcap, logit_scale)
-        _write_grad(logits, labels, transform, Stats(logp, entropy, lse), triple, None, ctx.backend)
+        _write_grad(logits, labels, transform, anchors, triple, None, ctx.backend)
         return logits, *nothing
     grad = torch.ops.fused_po.token_stats_backward(
-        logits, labels, temperatures, temperature, softcap, logit_scale, logp, entropy, lse, *triple, ctx.backend
+        logits, labels, temperatures, temperature, softcap, logit_scale, anchors, *triple, ctx.backend
     )
     return grad, *nothing
 
@@ -168,20 +165,18 @@ def _write_grad(
     logits: Tensor,
     labels: Tensor,
     transform: Transform,
-    stats: Stats,
+    anchors: Tensor,
     coefficients: Coefficients,
     out: Tensor | None,
     backend: str | None,
 ) -> None:
     """dL/dlogits into ``out``, or over the logits; matrix by matrix."""
     flat, span = labels.reshape(-1), Span(0, logits.shape[-1])
-    local = Stats(**{name: value.reshape(-1) for name, value in stats.present().items()})
     triple = Coefficients(*(None if c is None else c.reshape(-1) for c in coefficients))
     for x, rows in _matrices(logits):
-        part = Stats(**{name: value[rows] for name, value in local.present().items()})
         c = Coefficients(*(None if t is None else t[rows].contiguous() for t in triple))
         to = None if out is None else out.view(-1, span.width)[rows]
-        library.row_grad(x, flat[rows], _part(transform, rows), span, part, c, to, backend)
+        library.row_grad(x, flat[rows], _part(transform, rows), span, anchors[:, rows], c, to, backend)
 
 
 def _part(transform: Transform, rows: slice) -> Transform:

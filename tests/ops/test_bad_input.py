@@ -92,7 +92,7 @@ def test_other_arguments():
         linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("simpo"))
     with pytest.raises(ValueError, match="a normaliser must be one number"):
         linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), num_items=torch.ones(2))
-    for outputs, message in (("logp", "a tuple of names"), ((), "a tuple of names"), (("logprob",), "'logprob'")):
+    for outputs, message in (("logp", "a sequence of names"), ((), "a sequence of names"), (("logprob",), "'logprob'")):
         with pytest.raises(ValueError, match=message):
             linear_token_stats(HIDDEN, WEIGHT, LABELS, outputs=outputs)
         with pytest.raises(ValueError, match=message):

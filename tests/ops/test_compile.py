@@ -116,6 +116,6 @@ def test_opcheck(outputs):
     arguments = (logits, labels, temperatures, 1.0, 12.0, 1.1, outputs, False, None)
     torch.library.opcheck(torch.ops.fused_po.token_stats, arguments)
     # not a training step: the backward is an operator of its own
-    values = torch.randn(3, 2, 3, dtype=torch.float64)
-    arguments = (logits.detach(), labels, temperatures, 1.0, 12.0, 1.1, *values, *values, None)
+    values, anchors = torch.randn(3, 2, 3, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    arguments = (logits.detach(), labels, temperatures, 1.0, 12.0, 1.1, anchors, *values, None)
     torch.library.opcheck(torch.ops.fused_po.token_stats_backward, arguments)

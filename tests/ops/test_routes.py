@@ -143,7 +143,7 @@ def test_gradcheck_of_statistics(scratch):
 
 @pytest.mark.parametrize("name", ["ipo", "kto", "ppo"])
 def test_gradient_is_the_derivative_of_the_value(name):
-    """Finite differences in a random direction; gradcheck itself asks for a second backward, which linear_loss refuses."""
+    """In a random direction; gradcheck itself asks for a second backward, which linear_loss refuses."""
     loss = losses.create(name, entropy_coef=0.1) if name == "ppo" else losses.create(name)
     problem = Problem(loss, batch=2, length=4)
 

@@ -1,0 +1,56 @@
+# make demo and make test work in a fresh clone: they make .venv first. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DECLARED := pyproject.toml setup.py constraints.txt
+DEMO := demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench hooks clean
+# two installations into one .venv must not run side by side
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.package  ## train a small model on the shipped preferences, fused next to plain PyTorch
+	rm -rf $(DEMO)
+	$(BIN)/fused-po train --compare --output $(DEMO)
+
+test: $(VENV)/.development  ## run the tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu and not large"
+
+lint: $(VENV)/.development  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.development  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.development  ## time the operations, a few short cases, and one pair against TRL
+	mkdir -p bench-output
+	$(BIN)/python -m bench.bench_ops --quick --output bench-output/ops.json
+	$(BIN)/python -m bench.bench_cpu_vs_trl --output bench-output/cpu_vs_trl.json
+
+hooks: $(VENV)/.development  ## let git run the checks of make lint before each commit
+	$(BIN)/pre-commit install
+
+clean:  ## remove what was built and cached; .venv stays
+	rm -rf build dist *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find fused_po scripts tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# the last thing that venv puts in place
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: $(DECLARED) | $(BIN)/pip
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+# holds all of .package
+$(VENV)/.development: $(DECLARED) | $(BIN)/pip
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.package $@

@@ -1,0 +1,54 @@
+"""Preference losses of language models in one pass over the logits, at any vocabulary size.
+
+A public name imports what it needs when it is first used: ``import fused_po`` itself loads neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fused_po import losses
+    from fused_po.ops import LossOutput, Plan, linear_loss, linear_token_stats, make_plan, token_stats
+    from fused_po.stats import Stats
+
+__all__ = [
+    "LossOutput",
+    "Plan",
+    "Stats",
+    "__version__",
+    "linear_loss",
+    "linear_token_stats",
+    "losses",
+    "make_plan",
+    "token_stats",
+]
+
+__version__ = "0.1.0"
+
+# where each public name is defined; None: it is a submodule
+_HOMES = {
+    "LossOutput": "fused_po.ops",
+    "Plan": "fused_po.ops",
+    "Stats": "fused_po.stats",
+    "linear_loss": "fused_po.ops",
+    "linear_token_stats": "fused_po.ops",
+    "losses": None,
+    "make_plan": "fused_po.ops",
+    "token_stats": "fused_po.ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    value = import_module(f"{__name__}.{name}") if home is None else getattr(import_module(home), name)
+    # found without this function from now on
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

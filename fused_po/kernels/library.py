@@ -1,0 +1,181 @@
+"""The kernels as ``torch.library`` operators: schemas defined once, in front of ``select``.
+
+They exist on every machine and pass ``torch.library.opcheck``. Arguments are flat because schemas are:
+``temperatures`` to
+``logit_scale`` spell a ``Transform``, ``start`` and ``stop`` a ``Span``, ``outputs`` is a comma-separated list from
+``STATISTICS``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, accumulation_dtype
+from fused_po.kernels.select import select
+
+__all__ = ["row_grad", "row_softmax", "row_stats"]
+
+
+def row_stats(
+    x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], backend: str | None
+) -> Tensor:
+    """Partial statistics (7, N) of raw head outputs ``x`` (N, V), see ``contract``."""
+    return torch.ops.fused_po.row_stats(x, labels, *_flat(transform), *span, ",".join(outputs), backend)
+
+
+def row_softmax(
+    x: Tensor,
+    labels: Tensor,
+    transform: Transform,
+    span: Span,
+    outputs: tuple[str, ...],
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Partial statistics (7, N), and the unscaled gradient tile into ``out`` (N, V), or in place where that is None."""
+    arguments = (labels, *_flat(transform), *span, ",".join(outputs), backend)
+    if out is None:
+        return torch.ops.fused_po.row_softmax_(x, *arguments)
+    return torch.ops.fused_po.row_softmax_into(x, out, *arguments)
+
+
+def row_grad(
+    x: Tensor,
+    labels: Tensor,
+    transform: Transform,
+    span: Span,
+    anchors: Tensor,
+    coefficients: Coefficients,
+    out: Tensor | None,
+    backend: str | None,
+) -> None:
+    """``dL/dx`` into ``out`` (N, V), or in place where that is None."""
+    arguments = (labels, *_flat(transform), *span, anchors, *coefficients, backend)
+    if out is None:
+        torch.ops.fused_po.row_grad_(x, *arguments)
+    else:
+        torch.ops.fused_po.row_grad_into(x, out, *arguments)
+
+
+def _flat(transform: Transform) -> tuple[Tensor | None, float, float | None, float]:
+    return transform.temperatures, transform.temperature, transform.softcap, transform.logit_scale
+
+
+def _outputs(names: str) -> tuple[str, ...]:
+    return tuple(names.split(","))
+
+
+@torch.library.custom_op("fused_po::row_stats", mutates_args=())
+def _row_stats(
+    x: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    outputs: str,
+    backend: str | None,
+) -> Tensor:
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    module = select("row_stats", x, backend)
+    return module.row_stats(x, labels, transform, Span(start, stop), _outputs(outputs))
+
+
+@torch.library.custom_op("fused_po::row_softmax_", mutates_args=("x",))
+def _row_softmax_(
+    x: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    outputs: str,
+    backend: str | None,
+) -> Tensor:
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    module = select("row_softmax", x, backend)
+    return module.row_softmax(x, labels, transform, Span(start, stop), _outputs(outputs), x)
+
+
+@torch.library.custom_op("fused_po::row_softmax_into", mutates_args=("out",))
+def _row_softmax_into(
+    x: Tensor,
+    out: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    outputs: str,
+    backend: str | None,
+) -> Tensor:
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    module = select("row_softmax", x, backend)
+    return module.row_softmax(x, labels, transform, Span(start, stop), _outputs(outputs), out)
+
+
+@torch.library.custom_op("fused_po::row_grad_", mutates_args=("x",))
+def _row_grad_(
+    x: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    anchors: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    backend: str | None,
+) -> None:
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    module = select("row_grad", x, backend)
+    module.row_grad(x, labels, transform, Span(start, stop), anchors, Coefficients(c, e, l), x)
+
+
+@torch.library.custom_op("fused_po::row_grad_into", mutates_args=("out",))
+def _row_grad_into(
+    x: Tensor,
+    out: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    anchors: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    backend: str | None,
+) -> None:
+    transform = Transform(temperature, temperatures, softcap, logit_scale)
+    module = select("row_grad", x, backend)
+    module.row_grad(x, labels, transform, Span(start, stop), anchors, Coefficients(c, e, l), out)
+
+
+@_row_stats.register_fake
+@_row_softmax_.register_fake
+def _partials_like(x: Tensor, *arguments: object) -> Tensor:
+    return x.new_empty((len(PARTIALS), x.shape[0]), dtype=accumulation_dtype(x.dtype))
+
+
+@_row_softmax_into.register_fake
+def _partials_like_into(x: Tensor, out: Tensor, *arguments: object) -> Tensor:
+    return _partials_like(x)
+
+
+@_row_grad_.register_fake
+@_row_grad_into.register_fake
+def _nothing(x: Tensor, *arguments: object) -> None:
+    return None

@@ -1,0 +1,163 @@
+"""The kernels in plain PyTorch: the truth that the other backends are tested against, and the CPU path.
+
+Rows are taken in blocks small enough for the cache, so that the passes over a row read it from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, accumulation_dtype
+
+__all__ = ["row_grad", "row_softmax", "row_stats", "unsupported"]
+
+# elements of a block: 16 rows of a 32k vocabulary are 2 MiB in float32
+BLOCK_ELEMENTS = 1 << 19
+
+
+def unsupported(kernel: str, x: Tensor) -> str | None:
+    """The reference runs everything."""
+    return None
+
+
+def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]) -> Tensor:
+    """Partial statistics of each row, see ``contract``."""
+    partials = _new_partials(x)
+    for rows in _blocks(x):
+        z, _ = _logits(x[rows, : span.width], transform, rows, keep_slope=False)
+        partials[:, rows] = _sweep(z, labels[rows] - span.start, outputs)
+    return partials
+
+
+def row_softmax(
+    x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], out: Tensor
+) -> Tensor:
+    """Partial statistics, and ``out <- (1[v = y] - p) J``, see ``contract``."""
+    partials = _new_partials(x)
+    for rows in _blocks(x):
+        local = labels[rows] - span.start  # (R,)
+        z, slope = _logits(x[rows, : span.width], transform, rows, keep_slope=True)
+        found = _sweep(z, local, outputs)
+        partials[:, rows] = found
+        top, total, target = found[:3]  # (R,) each
+        margin = (top - target) + total.log()
+        # z holds e^{z - top} at the classes other than the target now, 0 at the target
+        rest = torch.where(total == 0, 0.0, torch.sigmoid(margin) / total)
+        z.mul_(rest.neg_().unsqueeze(1))
+        z.scatter_(1, local.clamp(0, span.width - 1).unsqueeze(1), torch.sigmoid(margin).unsqueeze(1))
+        _store(z, slope, out, rows, span, labels[rows] < 0)
+    return partials
+
+
+def row_grad(
+    x: Tensor,
+    labels: Tensor,
+    transform: Transform,
+    span: Span,
+    anchors: Tensor,
+    coefficients: Coefficients,
+    out: Tensor,
+) -> None:
+    """``out <- dL/dx``, see ``contract``.
+
+    ``dL/dz_v = c (1[v = y] - p_v) - e p_v (log p_v + entropy) + l p_v`` and ``dL/dx = J dL/dz``.
+    """
+    for rows in _blocks(x):
+        local = labels[rows] - span.start  # (R,)
+        here = (local >= 0) & (local < span.width)
+        column = local.clamp(0, span.width - 1).unsqueeze(1)
+        z, slope = _logits(x[rows, : span.width], transform, rows, keep_slope=True)
+        own, shift, gap, entropy = anchors[:, rows]  # (R,) each
+        log_p = z.sub_(shift.unsqueeze(1)).add_(gap.unsqueeze(1))
+        log_p.scatter_(1, column, torch.where(here, own, log_p.gather(1, column).squeeze(1)).unsqueeze(1))
+        p = log_p.exp()
+        factor = torch.zeros_like(own)
+        if coefficients.lse is not None:
+            factor = factor + coefficients.lse[rows]
+        if coefficients.logp is not None:
+            factor = factor - coefficients.logp[rows]
+        if coefficients.entropy is None:
+            grad = p.mul_(factor.unsqueeze(1))
+        else:
+            e = coefficients.entropy[rows]
+            # p log p is 0 where p is
+            log_p.masked_fill_(p == 0, 0.0)
+            bracket = log_p.add_(entropy.unsqueeze(1)).mul_(e.neg().unsqueeze(1))
+            grad = bracket.add_(factor.unsqueeze(1)).mul_(p)
+        if coefficients.logp is not None:
+            # c (1 - p_y) as a whole: c - c p_y would cancel at peaked rows
+            exact = grad.gather(1, column).squeeze(1) + coefficients.logp[rows] * own.exp()
+            exact = exact - coefficients.logp[rows] * torch.expm1(own)
+            grad.scatter_(1, column, torch.where(here, exact, grad.gather(1, column).squeeze(1)).unsqueeze(1))
+        _store(grad, slope, out, rows, span, labels[rows] < 0)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    count, width = x.shape
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _new_partials(x: Tensor) -> Tensor:
+    return torch.empty(len(PARTIALS), x.shape[0], dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
+def _logits(x: Tensor, transform: Transform, rows: slice, keep_slope: bool) -> tuple[Tensor, Tensor | float | None]:
+    """A fresh block of logits z (R, V) and, if asked for, the slope J = dz/dx: a number, (R, 1) or (R, V)."""
+    inverse: Tensor | float = 1.0 / transform.temperature
+    if transform.temperatures is not None:
+        inverse = transform.temperatures[rows].reciprocal().unsqueeze(1)  # (R, 1)
+    z = x.to(accumulation_dtype(x.dtype), copy=True)
+    slope: Tensor | float | None = None
+    if transform.softcap is None:
+        factor = inverse * transform.logit_scale
+        if isinstance(factor, Tensor) or factor != 1.0:
+            z.mul_(factor)
+        slope = factor
+    else:
+        z.mul_(transform.logit_scale / transform.softcap).tanh_()
+        if keep_slope:
+            slope = (1.0 - z * z).mul_(inverse * transform.logit_scale)
+        z.mul_(inverse * transform.softcap)
+    return z, slope if keep_slope else None
+
+
+def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...]) -> Tensor:
+    """Partials (7, R) of a block; z becomes ``e^{z - max}``, 0 at the target."""
+    width = z.shape[1]
+    here = (local >= 0) & (local < width)
+    column = local.clamp(0, width - 1).unsqueeze(1)
+    at_column = z.gather(1, column).squeeze(1)
+    partials = z.new_zeros(len(PARTIALS), z.shape[0])
+    if "mean_logit" in outputs:
+        partials[5] = z.sum(1)
+    z.scatter_(1, column, torch.where(here, -torch.inf, at_column).unsqueeze(1))
+    if "is_top1" in outputs:
+        ahead = torch.arange(width, device=z.device) < local.unsqueeze(1)
+        partials[6] = torch.where(ahead, z, -torch.inf).amax(1)
+    top = z.amax(1)
+    z.sub_(torch.where(top == -torch.inf, 0.0, top).unsqueeze(1))
+    weighted = None
+    if "entropy" in outputs:
+        weighted = z.clone()
+    z.exp_()
+    if weighted is not None:
+        # 0 * -inf at masked classes
+        partials[3] = weighted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
+    if "log_sum_sq_probs" in outputs:
+        partials[4] = z.square().sum(1)
+    partials[0] = top
+    partials[1] = z.sum(1)
+    partials[2] = torch.where(here, at_column, -torch.inf)
+    return partials
+
+
+def _store(grad: Tensor, slope: Tensor | float | None, out: Tensor, rows: slice, span: Span, ignored: Tensor) -> None:
+    if slope is not None and (isinstance(slope, Tensor) or slope != 1.0):
+        grad.mul_(slope)
+    if bool(ignored.any()):
+        # assigned, since 0 * nan would not be 0
+        grad[ignored] = 0
+    out[rows, : span.width] = grad
+    out[rows, span.width :] = 0

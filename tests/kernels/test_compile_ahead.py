@@ -1,0 +1,38 @@
+"""Every Triton kernel compiles for every architecture, without a GPU and without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compile_ahead import ARCHITECTURES, ELEMENTS, KERNELS
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_ahead"], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_all_were_compiled(compiled):
+    seen = {(row["kernel"], row["architecture"], tuple(row["elements"])) for row in compiled}
+    assert seen == {(k, a, e) for k in KERNELS for a in ARCHITECTURES for e in ELEMENTS}
+
+
+def test_no_spills(compiled):
+    assert [row for row in compiled if row["stack"]] == []
+
+
+def test_rows_are_read_in_16_byte_accesses(compiled):
+    assert [row for row in compiled if not row["wide_accesses"]] == []
