@@ -139,5 +139,6 @@ def test_on_a_gpu():
         return torch.empty(16 * MIB, dtype=torch.uint8, device="cuda")
 
     before = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
-    assert peak_memory(call) == 32 * MIB
-    assert peak_memory(lambda: before.clone()) == before.numel()
+    # the allocator hands out whole blocks, up to 1 MiB larger
+    assert 32 * MIB <= peak_memory(call) <= 33 * MIB
+    assert 64 * MIB <= peak_memory(lambda: before.clone()) <= 65 * MIB

@@ -1,0 +1,32 @@
+"""The command line: ``fused-po COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fused_po.cli import train
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0; 1 where ``--compare`` found a disagreement; 2 for bad input; 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="fused-po", description="Preference optimization in one fused pass.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    # torch's own remarks on profiled memory are for its developers
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        code: int = arguments.run(arguments)
+    except ValueError as error:
+        print(f"fused-po: {error}", file=sys.stderr)
+        return 2
+    return code

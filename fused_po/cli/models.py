@@ -1,0 +1,113 @@
+"""The model and tokenizer that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["add_adapter", "load_model", "load_tokenizer", "save_model"]
+
+TINY_VOCAB = 8192
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
+    """A tokenizer by folder or id; for ``tiny``, byte-level BPE trained on the texts.
+
+    Raises:
+        ValueError: not found, or without an end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    # the run has a progress bar of its own
+    logging.disable_progress_bar()
+    if name == "tiny":
+        return _train_tokenizer(texts)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer for {name!r}: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, tokenizer: Any, seed: int) -> Any:
+    """A causal language model in float32; for ``tiny``, a random Llama of 6 million parameters.
+
+    Raises:
+        ValueError: not found.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    if name != "tiny":
+        try:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no model for {name!r}: {_first_line(error)}") from None
+    config = LlamaConfig(
+        # as real heads, a multiple of a power of two with unused rows behind the tokens
+        vocab_size=TINY_VOCAB,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def add_adapter(model: Any, rank: int, seed: int) -> Any:
+    """Wrap a model with a LoRA adapter on all linear layers but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save for ``from_pretrained``, an adapter merged into its model."""
+    merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer(texts: Iterable[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = _TEMPLATE
+    return fast
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

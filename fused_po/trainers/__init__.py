@@ -1,0 +1,1 @@
+"""Where models and data meet the operations."""

@@ -1,0 +1,87 @@
+"""Hidden states and head of a causal language model from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["HeadParameters", "hidden_and_head"]
+
+
+@dataclass(frozen=True)
+class HeadParameters:
+    """A model's head, in the terms of ``linear_loss``.
+
+    Attributes:
+        weight: (V, H), tied to the embeddings or not.
+        bias: (V,) or None.
+        softcap: ``final_logit_softcapping`` of the config (Gemma 2).
+        logit_scale: what multiplies the raw logits (Cohere, Granite, Falcon-H1), 1.0 for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the weight, as keyword arguments of the operations."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits from hidden states (..., H): (..., V)."""
+        raw = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+def hidden_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], HeadParameters]:
+    """Split a causal language model in two.
+
+    ::
+
+        backbone, head = hidden_and_head(model)
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask)   # (B, S, H)
+        out = linear_loss(hidden[:, :-1], head.weight, labels, loss, **head.options)
+
+    Args:
+        model: a causal LM from transformers, wrapped by PEFT or not.
+
+    Returns:
+        ``backbone``, which takes what the model takes and returns the last hidden state (B, S, H), and the head.
+
+    Raises:
+        ValueError: a model without an output layer, or an adapter on it (its weight is not the layer's alone).
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(f"{type(base).__name__} has no output layer: a causal language model is wanted")
+    if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
+        raise ValueError("the head carries an adapter: take lm_head out of target_modules and modules_to_save")
+    config = base.config.get_text_config()
+
+    def backbone(**inputs: Any) -> Tensor:
+        found = base.base_model(**inputs, use_cache=False, return_dict=True)
+        hidden: Tensor = found.last_hidden_state
+        return hidden
+
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return backbone, HeadParameters(layer.weight, getattr(layer, "bias", None), softcap, _logit_scale(config))
+
+
+def _logit_scale(config: Any) -> float:
+    """Models name it differently; Granite and MiniCPM3 divide by theirs, HyperCLOVA X multiplies by one of the same
+    name.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if "hyperclova" in config.model_type else 1.0 / float(scaling)

@@ -1,0 +1,217 @@
+"""``fused-po train``: what it writes, that it learns, resumes bit by bit, compares, and refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from fused_po.cli import compare as comparing
+from fused_po.cli import main
+from fused_po.cli.models import load_tokenizer
+
+WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    rows = [{"prompt": f"Is it {w}?", "chosen": f"Yes, it is {w}.", "rejected": "Go away now."} for w in WORDS]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory):
+    """A Llama small enough to train in milliseconds, in a folder as users have them."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tokenizer = load_tokenizer("tiny", WORDS * 4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command.model = str(folder)
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    files = ["--data", str(data), "--output", str(output)]
+    return ["train", "--model", command.model, *files, "--batch-size", "2", "--steps", "4", *more]
+
+
+def rows(output: Path, split: str = "train") -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(output / "model").state_dict()
+
+
+def test_it_learns_and_writes_everything(data, tmp_path):
+    output = tmp_path / "out"
+    assert (
+        main([*command(data, output, "--eval-data", str(data), "--lr", "1e-3", "--eval-every", "2"), "--steps", "6"])
+        == 0
+    )
+    train, held_out = rows(output), rows(output, "eval")
+    assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in held_out] == [0, 2, 4, 6]
+    assert held_out[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert held_out[-1]["loss"] < held_out[0]["loss"] - 0.05
+    assert held_out[-1]["rewards/accuracies"] > 0.9 > held_out[0]["rewards/accuracies"]
+    assert (output / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert model(**tokenizer("Is it red?", return_tensors="pt", return_token_type_ids=False)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto", "dapo", "sft", "simpo"])
+def test_compare_agrees(data, tmp_path, loss):
+    output = tmp_path / "out"
+    assert main(command(data, output, "--loss", loss, "--compare")) == 0
+    found = json.loads((output / "compare.json").read_text())
+    assert found["agrees"] and found["steps"] == 4
+    assert 0 < found["largest_gradient_difference"] < 1e-4
+    assert found["peak_memory_bytes"]["fused"] < found["peak_memory_bytes"]["plain"]
+
+
+def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsys):
+    """A fused gradient that is off by a thousandth is found out."""
+    before = comparing._gradients
+    calls = []
+
+    def off(model):
+        calls.append(model)
+        found = before(model)
+        return [g * 1.001 for g in found] if len(calls) == 2 else found
+
+    monkeypatch.setattr(comparing, "_gradients", off)
+    assert main(command(data, tmp_path / "out", "--compare")) == 1
+    assert "disagree" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["disagreeing_steps"] == [1]
+
+
+def test_lora_trains_an_adapter_and_saves_a_model(data, tmp_path):
+    output = tmp_path / "out"
+    assert main(command(data, output, "--lora", "4", "--compare", "--lr", "1e-3")) == 0
+    full = tmp_path / "full"
+    assert main(command(data, full, "--lr", "1e-3")) == 0
+    merged, trained = weights(output), weights(full)
+    assert merged.keys() == trained.keys()
+    start = tmp_path / "start"
+    assert main([*command(data, start, "--lr", "1e-12"), "--steps", "1"]) == 0
+    first = weights(start)
+    # the head stays as it was, the layers do not
+    torch.testing.assert_close(merged["lm_head.weight"], first["lm_head.weight"])
+    assert not torch.allclose(merged["model.layers.0.mlp.up_proj.weight"], first["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora", "2"], ["--loss", "kto"]])
+def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(data, whole, *extra)) == 0
+    script = (
+        "import os, signal, sys\n"
+        "from fused_po.cli import loop, main\n"
+        "before = loop._Run._step\n"
+        "def step(self, number, indices):\n"
+        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return before(self, number, indices)\n"
+        "loop._Run._step = step\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *command(data, broken, *extra)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 130, run.stderr
+    assert "stopped after step 2: the same command with --resume continues" in run.stdout
+    assert not (broken / "model").exists()
+    assert main(command(data, broken, *extra, "--resume")) == 0
+    assert rows(broken) == rows(whole)
+    ours, theirs = weights(broken), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_real_interrupt_of_the_program(data, tmp_path):
+    """SIGINT to the installed command, while it trains."""
+    output = tmp_path / "out"
+    arguments = [*command(data, output), "--steps", "100000"]
+    run = subprocess.Popen([sys.executable, "-m", "fused_po", *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+            time.sleep(0.2)
+        time.sleep(1.0)
+        run.send_signal(signal.SIGINT)
+        text, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert "--resume continues" in text
+    assert (output / "checkpoint" / "state.pt").exists()
+
+
+def test_resume_refuses_another_run(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(command(data, output)) == 0
+    assert main(command(data, output, "--resume")) == 2
+    assert "holds all 4 steps" in capsys.readouterr().err
+    assert main(command(data, output, "--resume", "--loss", "hinge")) == 2
+    assert "--resume with another --loss: hinge, the run began with sigmoid" in capsys.readouterr().err
+    assert main(command(data, tmp_path / "new", "--resume")) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--loss", "dpo"], "unknown loss 'dpo': expected one of"),
+        (["--loss", "sft", "--beta", "0.1"], "loss 'sft' has no hyper-parameter beta"),
+        (["--beta", "-1"], "beta must lie in"),
+        (["--data", "none.jsonl"], "none.jsonl: can't be read"),
+        (["--model", "/no/such/folder"], "no tokenizer for '/no/such/folder'"),
+        (["--compare", "--dtype", "bfloat16"], "--compare needs --dtype float32"),
+        (["--max-length", "3", "--on-too-long", "refuse"], "tokens, more than 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, change, message):
+    output = tmp_path / "out"
+    assert main(command(data, output, *change)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fused-po: ") and message in error and error.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("change", [["--steps", "0"], ["--lr", "x"], ["--batch-size", "-2"], ["--lora", "1.5"]])
+def test_bad_numbers_are_refused_by_the_parser(data, tmp_path, capsys, change):
+    with pytest.raises(SystemExit) as stop:
+        main(command(data, tmp_path / "out", *change))
+    assert stop.value.code == 2
+    assert change[0] in capsys.readouterr().err
+
+
+def test_an_output_folder_that_exists_is_left_alone(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("kept")
+    assert main(command(data, output)) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert os.listdir(output) == ["precious"]
+    assert main(command(data, output / "precious")) == 2
+    assert "is a file" in capsys.readouterr().err
