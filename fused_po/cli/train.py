@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     add("--beta", type=float, help="the loss's beta, default its own")
     add("--steps", type=_positive(int), default=60, help="optimizer steps, default 60")
     add("--batch-size", type=_positive(int), default=4, help="pairs a step, default 4")
-    add("--lr", type=_positive(float), default=3e-4, help="peak learning rate of AdamW, default 3e-4")
+    add("--lr", type=_positive(float), default=1e-4, help="peak learning rate of AdamW, default 1e-4")
     add("--seed", type=int, default=0, help="of the tiny model, adapters and the order of pairs, default 0")
     add("--lora", type=_positive(int), metavar="R", help="train a LoRA adapter of this rank; the head stays frozen")
     add("--max-length", type=_positive(int), default=1024, help="tokens of prompt and answer together, default 1024")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_po.losses.contract import Loss, total
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
 from fused_po.ops.planning import static_plan
-from fused_po.stats import Stats
+from fused_po.stats import STATISTICS, Stats
 
 __all__ = ["plain_loss", "plain_stats"]
 
@@ -20,8 +23,9 @@ def plain_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    outputs: Sequence[str] = STATISTICS,
 ) -> Stats:
-    """All statistics by the textbook formulas, in the dtype of the logits, garbage where labels are ignored.
+    """Statistics by the textbook formulas, in the dtype of the logits, garbage where labels are ignored.
 
     Args:
         logits: (..., V), the raw output of the head.
@@ -29,22 +33,26 @@ def plain_stats(
         temperature: a number, or anything that broadcasts to the shape of labels.
         softcap: as in ``linear_loss``.
         logit_scale: as in ``linear_loss``.
+        outputs: only these are computed, so that a comparison charges nothing that is not needed.
     """
-    z = logits * logit_scale
+    z = logits if logit_scale == 1.0 else logits * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    if isinstance(temperature, Tensor):
+        z = z / temperature.unsqueeze(-1)
+    elif temperature != 1.0:
+        z = z / temperature
     log_p = torch.log_softmax(z, -1)
-    p = log_p.exp()
     column = labels.clamp_min(0).unsqueeze(-1)
-    return Stats(
-        logp=log_p.gather(-1, column).squeeze(-1),
-        entropy=-torch.where(p > 0, p * log_p, 0.0).sum(-1),
-        lse=torch.logsumexp(z, -1),
-        mean_logit=z.mean(-1),
-        is_top1=z.argmax(-1) == labels,
-        log_sum_sq_probs=p.square().sum(-1).log(),
-    )
+    formulas: dict[str, Callable[[], Tensor]] = {
+        "logp": lambda: log_p.gather(-1, column).squeeze(-1),
+        "entropy": lambda: -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1),
+        "lse": lambda: torch.logsumexp(z, -1),
+        "mean_logit": lambda: z.mean(-1),
+        "is_top1": lambda: z.argmax(-1) == labels,
+        "log_sum_sq_probs": lambda: log_p.exp().square().sum(-1).log(),
+    }
+    return Stats(**{name: formulas[name]() for name in outputs})
 
 
 def plain_loss(
@@ -66,7 +74,13 @@ def plain_loss(
     """
     loss.check(frozenset(side_inputs))
     layout = Layout.of(labels, static_plan(labels, packed=False))
-    stats = plain_stats(logits, labels, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    flat = Stats(**{name: getattr(stats, name).reshape(-1) for name in loss.statistics})
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "outputs": loss.statistics,
+    }
+    stats = plain_stats(logits, labels, **options)
+    flat = Stats(**{name: value.reshape(-1) for name, value in stats.present().items()})
     batch = call_batch(layout, side_inputs, num_items, num_sequences, logits.dtype)
     return total(loss(masked_stats(flat, layout.mask), batch))
