@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_po.kernels import library
-from fused_po.kernels.contract import Coefficients, Span, finish, merge
+from fused_po.kernels.contract import Coefficients, Span, finish
 from fused_po.ops.plain import plain_stats
 from fused_po.stats import STATISTICS, Stats
 from fused_po.testing import CASES, KernelProblem, assert_accurate
@@ -255,33 +252,6 @@ def test_ignored_rows_are_not_read(backend, device):
     ones = torch.ones(7, device=device)
     library.row_grad(problem.x, problem.labels, problem.transform, span, anchors, Coefficients(ones), None, backend)
     assert (problem.x[2] == 0).all() and problem.x.isfinite().all()
-
-
-@backends
-@settings(max_examples=12, deadline=None)
-@given(cuts=st.lists(st.integers(1, 39), min_size=0, max_size=3), seed=st.integers(0, 99))
-def test_shards_of_the_vocabulary_merge_to_the_whole(backend, device, cuts, seed):
-    interpreted_or_skip(backend, device)
-    problem = CASES["everything"].make(torch.float32, device, seed)
-    x = problem.x[:, :40].contiguous()
-    x[0, :5] = -torch.inf
-    labels = problem.labels % 40
-    partials = library.row_stats(x, labels, problem.transform, Span(0, 40), STATISTICS, backend)
-    whole, anchors = finish(partials, labels, 40, STATISTICS)
-    bounds = [0, *sorted(set(cuts)), 40]
-    shards, gradient = [], torch.empty_like(x)
-    ones = Coefficients(*torch.ones(3, 5, device=device))
-    for first, last in itertools.pairwise(bounds):
-        shard = x[:, first:last].clone()
-        span = Span(first, last)
-        shards.append(library.row_stats(shard, labels, problem.transform, span, STATISTICS, backend))
-        library.row_grad(shard, labels, problem.transform, span, anchors, ones, None, backend)
-        gradient[:, first:last] = shard
-    merged, _ = finish(merge(torch.stack(shards)), labels, 40, STATISTICS)
-    for name, value in whole.present().items():
-        torch.testing.assert_close(getattr(merged, name), value, rtol=2e-6, atol=2e-6)
-    library.row_grad(x, labels, problem.transform, Span(0, 40), anchors, ones, None, backend)
-    assert torch.equal(gradient, x)
 
 
 @backends
