@@ -12,8 +12,8 @@ from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, a
 
 __all__ = ["row_grad", "row_softmax", "row_stats", "unsupported"]
 
-# elements of a block: 16 rows of a 32k vocabulary are 2 MiB in float32
-BLOCK_ELEMENTS = 1 << 19
+# elements of a block: 8 rows of a 32k vocabulary are 1 MiB in float32
+BLOCK_ELEMENTS = 1 << 18
 
 
 def unsupported(kernel: str, x: Tensor) -> str | None:
