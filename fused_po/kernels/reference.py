@@ -156,8 +156,8 @@ def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...]) -> Tensor:
 def _store(grad: Tensor, slope: Tensor | float | None, out: Tensor, rows: slice, span: Span, ignored: Tensor) -> None:
     if slope is not None and (isinstance(slope, Tensor) or slope != 1.0):
         grad.mul_(slope)
-    if bool(ignored.any()):
-        # assigned, since 0 * nan would not be 0
-        grad[ignored] = 0
+    # looking would wait for a GPU; filled and not multiplied, since 0 * nan is not 0
+    if grad.is_cuda or bool(ignored.any()):
+        grad.masked_fill_(ignored.unsqueeze(1), 0)
     out[rows, : span.width] = grad
     out[rows, span.width :] = 0

@@ -15,13 +15,27 @@ from fused_po.stats import STATISTICS, Stats
 from fused_po.testing import CASES, KernelProblem, assert_accurate
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-GPU = pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu")
-BACKENDS = [
-    pytest.param("reference", "cpu", id="reference"),
-    pytest.param("triton", "cpu", id="triton-interpreted"),
-    GPU,
-]
-backends = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+BACKENDS = {
+    "reference": ("reference", "cpu"),
+    "triton-interpreted": ("triton", "cpu"),
+    "triton-gpu": ("triton", "cuda"),
+}
+
+
+def on_backends(*elements: str) -> pytest.MarkDecorator:
+    """Every backend, with each of the element types it supports, if any are named."""
+    found = []
+    for name, (backend, device) in BACKENDS.items():
+        marks = pytest.mark.gpu if device == "cuda" else ()
+        if not elements:
+            found.append(pytest.param(backend, device, id=name, marks=marks))
+        # float64 is left to the reference, which test_library checks
+        supported = (e for e in elements if backend == "reference" or e != "fp64")
+        found += (pytest.param(backend, device, e, id=f"{name}-{e}", marks=marks) for e in supported)
+    return pytest.mark.parametrize("backend, device, element" if elements else "backend, device", found)
+
+
+backends = on_backends()
 
 
 def interpreted_or_skip(backend: str, device: str) -> None:
@@ -74,10 +88,7 @@ def run_all(problem: KernelProblem, backend: str, outputs: tuple[str, ...] = STA
 
 
 def make(case: str, element: str, device: str) -> KernelProblem:
-    dtype = FLOATS[element]
-    if element == "fp16" and case == "masked classes":
-        pytest.skip("covered in the other dtypes")
-    return CASES[case].make(dtype, device)
+    return CASES[case].make(FLOATS[element], device)
 
 
 def check(got: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
@@ -96,18 +107,15 @@ def coefficients(rows: int, device: str, which: str, dtype: torch.dtype) -> Coef
     return Coefficients(*(v if name in which else None for name, v in zip("cel", values, strict=True)))
 
 
-def skip_unsupported(backend: str, device: str, element: str) -> torch.dtype:
+def wide_dtype(backend: str, device: str, element: str) -> torch.dtype:
     interpreted_or_skip(backend, device)
-    if backend == "triton" and element == "fp64":
-        pytest.skip("float64 is left to the reference")
     return torch.float64 if element == "fp64" else torch.float32
 
 
-@backends
-@pytest.mark.parametrize("element", FLOATS)
+@on_backends(*FLOATS)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics(case, element, backend, device):
-    wide = skip_unsupported(backend, device, element)
+    wide = wide_dtype(backend, device, element)
     problem = make(case, element, device)
     stats = run_stats(problem, backend)
     _, truth = plain(problem, torch.float64)
@@ -120,12 +128,11 @@ def test_statistics(case, element, backend, device):
         check(value, getattr(naive, name).detach(), getattr(truth, name).detach(), name)
 
 
-@backends
-@pytest.mark.parametrize("element", ["fp32", "bf16", "fp64"])
+@on_backends("fp32", "bf16", "fp64")
 @pytest.mark.parametrize("case", CASES)
 def test_unscaled_tile(case, element, backend, device):
     """``row_softmax`` in place and into another tensor: the same statistics as ``row_stats``, and G = d logp / dx."""
-    wide = skip_unsupported(backend, device, element)
+    wide = wide_dtype(backend, device, element)
     problem = make(case, element, device)
     rows, span = problem.x.shape[0], Span(0, problem.vocab_size)
     triple = Coefficients(torch.ones(rows, device=device))
@@ -144,14 +151,11 @@ def test_unscaled_tile(case, element, backend, device):
     assert torch.equal(x, out)
 
 
-@backends
-@pytest.mark.parametrize("element", ["fp32", "bf16", "fp64"])
+@on_backends("fp32", "bf16", "fp64")
 @pytest.mark.parametrize("which", ["c", "cel", "e", "l"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradient(case, which, element, backend, device):
-    if which != "cel" and element == "bf16":
-        pytest.skip("covered by all coefficients at once")
-    wide = skip_unsupported(backend, device, element)
+    wide = wide_dtype(backend, device, element)
     problem = make(case, element, device)
     span = Span(0, problem.vocab_size)
     triple = coefficients(problem.x.shape[0], device, which, wide)
