@@ -31,10 +31,9 @@ class Comparison:
     """Takes each step twice and keeps what differed.
 
     The judge is float64: a step agrees if the fused gradient is at most twice as far from the float64 gradient as the
-    plain one, plus one ulp.
-    It is called at the first step; later steps pass without it while the two paths stay within what that rule allows
-    at the error of the plain
-    path seen so far (2 + 1 times that error, plus one ulp), and are judged like the first where they do not.
+    plain one, plus one ulp. It is called at the first step; later steps pass without it while the two paths stay
+    within what that rule allows at the error of the plain path seen so far (2 + 1 times that error, plus one ulp),
+    and are judged like the first where they do not.
     """
 
     fused: Step

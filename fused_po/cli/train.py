@@ -11,10 +11,9 @@ __all__ = ["add_parser"]
 _DATA = Path(__file__).parents[1] / "data"
 _EPILOG = """\
 Losses on pairs (sigmoid, ipo, simpo, ...) take a pair as it is; kto takes its two answers as desirable and
-undesirable, with the reference
-point from prompts paired with the answers of others; sft learns the chosen answer; policy losses (ppo, dapo) take an
-advantage of +1 on
-chosen and -1 on rejected answers, with the starting policy as the old one. The reference is the starting policy.
+undesirable, with the reference point from prompts paired with the answers of others; sft learns the chosen answer;
+policy losses (ppo, dapo) take an advantage of +1 on chosen and -1 on rejected answers, with the starting policy as
+the old one. The reference is the starting policy.
 """
 
 

@@ -15,8 +15,7 @@ A backend is a module with three functions that work row by row (they know token
 and ``unsupported(kernel, x) -> str | None``, the reason in words why it can't run a case.
 
 Columns stand for the classes ``[span.start, span.stop)``; further columns of ``x`` are padding (no probability,
-gradient 0). A
-vocabulary tile, a padded tail and one rank's shard of the head are therefore the same thing.
+gradient 0). A vocabulary tile, a padded tail and one rank's shard of the head are therefore the same thing.
 
 A row whose label is negative carries no loss: it is not read, its gradient is 0, its partials are undefined and
 finish as NaN.

@@ -1,9 +1,8 @@
 """The kernels as ``torch.library`` operators: schemas defined once, in front of ``select``.
 
 They exist on every machine and pass ``torch.library.opcheck``. Arguments are flat because schemas are:
-``temperatures`` to
-``logit_scale`` spell a ``Transform``, ``start`` and ``stop`` a ``Span``, ``outputs`` is a comma-separated list from
-``STATISTICS``.
+``temperatures`` to ``logit_scale`` spell a ``Transform``, ``start`` and ``stop`` a ``Span``, ``outputs`` is a
+comma-separated list from ``STATISTICS``.
 """
 
 from __future__ import annotations

@@ -26,16 +26,14 @@ class Batch:
     """The tokens of a call, or of a chunk of whole horizons, packed sequence after sequence.
 
     Side inputs are tagged by the shape they were given in, so nothing broadcasts silently: read them with ``token``,
-    ``sequence`` or
-    ``scalar``.
+    ``sequence`` or ``scalar``.
 
     Attributes:
         segments: (B,) int64, rows of each sequence; they sum to N.
         lengths: (B,) int64, loss tokens of each sequence. Equal to ``segments`` unless ``mask`` is given.
         mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
         num_tokens, num_sequences, num_pairs, num_chosen_tokens: normalisers of the whole call (or of all ranks, where
-            the caller gave
-            them), never of this chunk.
+            the caller gave them), never of this chunk.
         chosen: (N,) bool, True for tokens of the first half of the call's sequences (the chosen answers of pairs).
         token_lengths: (N,) loss tokens of the sequence that a token belongs to, in the whole call.
         per_token: side inputs (N,).

@@ -26,8 +26,7 @@ class Loss(ABC):
     """A preference or policy loss: hyper-parameters (Python numbers) and a pure function of statistics and batch.
 
     The clauses, held by property tests over the whole registry: *additive* over horizon-aligned splits of a call;
-    *local* to a horizon
-    and reading only what ``needs`` says; *finite* on every legal input.
+    *local* to a horizon and reading only what ``needs`` says; *finite* on every legal input.
 
     Attributes:
         name: the registered name.

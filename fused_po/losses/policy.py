@@ -110,8 +110,7 @@ class Ppo(ClippedLoss):
     of Ye et al. (arXiv 1912.09729, eq. 5).
 
     Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token (omitted: the current log-probs, detached);
-    ``ref_logp`` per token
-    where ``beta`` is not 0; ``importance_weight``, ``row_weight`` multiply the surrogate.
+    ``ref_logp`` per token where ``beta`` is not 0; ``importance_weight``, ``row_weight`` multiply the surrogate.
 
     Args:
         epsilon: 0.2, lower clip range.

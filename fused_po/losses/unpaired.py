@@ -23,12 +23,10 @@ class Kto(Loss):
     others.
 
     Ethayarajh et al., arXiv 2402.01306, eq. 8, as TRL's ``KTOTrainer`` computes it; the mean is over all answers. u
-    is the answer's log-ratio
-    to the reference.
+    is the answer's log-ratio to the reference.
 
     Side inputs: ``ref_logp``; ``desirable`` (B,) bool; ``kl``, the scalar z0 >= 0, detached (TRL: the mean over ranks
-    and batch of mismatched
-    prompt and completion log-ratios, clamped at 0).
+    and batch of mismatched prompt and completion log-ratios, clamped at 0).
 
     Args:
         beta: 0.1.

@@ -24,8 +24,7 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch) -> tuple[Tensor, Coeffi
 
     Returns:
         the value, (), in float64, and the coefficients, (N,) each in the dtype of the statistics, None where the loss
-        does not
-        differentiate that statistic. Rows that carry no loss have coefficient 0.
+        does not differentiate that statistic. Rows that carry no loss have coefficient 0.
     """
 
     def value(inputs: dict[str, Tensor]) -> Tensor:

@@ -40,8 +40,7 @@ class Gradients:
     """dH, dW and db while they accumulate; one that is not wanted is None.
 
     In float16 everything V-sized runs on coefficients divided by a power of two near their largest (at c near 1e-6
-    the error of dW falls from
-    1.7e-2 to 2.3e-4); other dtypes have float32's range and need no scale.
+    the error of dW falls from 1.7e-2 to 2.3e-4); other dtypes have float32's range and need no scale.
 
     Attributes:
         hidden: (positions, H) in ``storage_dtype``.

@@ -20,10 +20,8 @@ class Head:
     """``x = h W^T + b`` and what turns x into logits.
 
     Operands are rounded to the compute dtype, products accumulate and come out in the accumulation dtype (float32, or
-    float64 for
-    float64): on a GPU through ``out_dtype``, on a CPU by widening the rounded operands. A weight that is stored in
-    another dtype is
-    cast slice by slice of the vocabulary, never as a whole.
+    float64 for float64): on a GPU through ``out_dtype``, on a CPU by widening the rounded operands. A weight that is
+    stored in another dtype is cast slice by slice of the vocabulary, never as a whole.
 
     Attributes:
         weight: (V, H).

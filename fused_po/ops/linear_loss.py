@@ -61,10 +61,8 @@ def linear_loss(
     """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
 
     The call is cut into chunks of whole horizons of the loss (tokens, sequences, pairs, ...). A horizon larger than
-    ``scratch_bytes`` still
-    costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call is that one horizon,
-    else 4 less the share of
-    its tiles that fit.
+    ``scratch_bytes`` still costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call
+    is that one horizon, else 4 less the share of its tiles that fit.
 
     Args:
         hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point. Pairs: first half of the sequences
@@ -82,16 +80,14 @@ def linear_loss(
             call.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
-            on a GPU, 64 MiB on a
-            CPU. Less than one row needs is raised to one row.
+            on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
             alone).
         vocab_size: classes, where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
-            or per token in the
-            shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per token; ``desirable``
-            (B,) bool; ``kl``, ``shift`` scalars.
+            or per token in the shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per
+            token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
 
     Returns:
         LossOutput.

@@ -38,11 +38,9 @@ def linear_token_stats(
     """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
     logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs
-    plus half of one for
-    each half of the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through
-    ``entropy`` or ``lse`` recomputes
-    the logits, and only when one arrives.
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs, and
+    one more for the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through ``entropy``
+    or ``lse`` recomputes the logits, and only when one arrives.
 
     Args:
         hidden: (B, S, H) or packed (N, H), floating point.
@@ -55,8 +53,7 @@ def linear_token_stats(
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a
-            CPU. Less than one row
-            needs is raised to one row.
+            CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once.
         vocab_size: classes, where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.

@@ -1,8 +1,7 @@
 """Where the loss tokens are, and how a call is cut into chunks of whole horizons.
 
 This is the only place that synchronises with the host, once per call; a ``Plan`` made from the labels on the host (in
-the collator)
-removes that too.
+the collator) removes that too.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """Rows through the head and back, within a memory budget: forward to statistics, backward from coefficients.
 
 Forward runs GEMM 1 and the kernels tile by tile; backward runs GEMM 2 and 3. What lies between them (a loss, or a
-whole autograd graph) does
-not matter here. Tiles are kept from forward to backward while the budget lasts and recomputed where it does not, so a
-trainable head costs 3
-GEMMs plus the recomputed share of one, a frozen one 2:
+whole autograd graph) does not matter here. Tiles are kept from forward to backward while the budget lasts and
+recomputed where it does not, so a trainable head costs 3 GEMMs plus the recomputed share of one, a frozen one 2:
 
 - *unscaled* (gradients through logp only): the sweep that makes the statistics writes G = d logp / dx over the
-logits; then dH = c (G W),
-  dW = G^T (c h), db = G^T c. The coefficient never enters the V-sized tile.
+logits; then dH = c (G W), dW = G^T (c h), db = G^T c. The coefficient never enters the V-sized tile.
 - otherwise (entropy, lse): the raw logits are kept, and backward turns them into dL/dx.
 - *eager* (unscaled, frozen head): forward already runs GEMM 2; backward is a row scale.
 """
