@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fused_po import losses
+    from fused_po import advantages, losses
     from fused_po.ops import LossOutput, Plan, linear_loss, linear_token_stats, make_plan, token_stats
     from fused_po.stats import Stats
 
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Stats",
     "__version__",
+    "advantages",
     "linear_loss",
     "linear_token_stats",
     "losses",
@@ -32,6 +33,7 @@ _HOMES = {
     "LossOutput": "fused_po.ops",
     "Plan": "fused_po.ops",
     "Stats": "fused_po.stats",
+    "advantages": None,
     "linear_loss": "fused_po.ops",
     "linear_token_stats": "fused_po.ops",
     "losses": None,

@@ -25,6 +25,7 @@ GENERATED = {"build", "dist", "bench-output", "demo-output"}
 # parts of the package, and other packages, that each part may import beside itself and the standard library
 MAY_IMPORT = {
     "stats.py": {"torch"},
+    "advantages.py": {"torch"},
     "losses": {"torch", "stats"},
     "kernels": {"torch", "triton", "stats"},
     "ops": {"torch", "stats", "kernels", "losses"},

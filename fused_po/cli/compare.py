@@ -24,6 +24,8 @@ Step = Callable[[nn.Module], Tensor]
 # counting memory on a CPU slows a step down, so only these steps are counted
 MEMORY_STEPS = 2
 ULP = torch.finfo(torch.float32).eps
+# least loss that a relative difference is taken of
+LEAST_LOSS = 1e-3
 
 
 @dataclass
@@ -31,9 +33,9 @@ class Comparison:
     """Takes each step twice and keeps what differed.
 
     The judge is float64: a step agrees if the fused gradient is at most twice as far from the float64 gradient as the
-    plain one, plus one ulp. It is called at the first step; later steps pass without it while the two paths stay
-    within what that rule allows at the error of the plain path seen so far (2 + 1 times that error, plus one ulp),
-    and are judged like the first where they do not.
+    plain one, plus one ulp and what one ulp of the log-probs makes of it, and the loss likewise. It is called at the
+    first step; later steps pass without it while the two paths stay within what that rule allows at the error of the
+    plain path seen so far (2 + 1 times that error, plus one ulp), and are judged like the first where they do not.
     """
 
     fused: Step
@@ -43,19 +45,29 @@ class Comparison:
     rows: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=lambda: {"fused": [], "plain": []})
 
-    def step(self, model: nn.Module, number: int) -> Tensor:
-        """Run both paths from the same weights and random state; leaves the fused gradients on the model."""
+    def step(self, model: nn.Module, number: int, rounding: Callable[[], tuple[float, float]]) -> Tensor:
+        """Run both paths from the same weights and random state; leaves the fused gradients on the model.
+
+        ``rounding``, asked after the fused path, is what one ulp of the log-probs does to the loss and, relatively, to
+        the coefficients of its gradient.
+        """
         paths = {"plain": self.plain, "fused": self.fused}
         # neither path always profits from caches that the other warmed
         order = list(paths) if number % 2 else list(paths)[::-1]
         found = {name: self._path(paths[name], model) for name in order}
         (fused_loss, fused, fused_time), (plain_loss, plain, plain_time) = found["fused"], found["plain"]
         difference = _distance(fused, plain)
-        loss_difference = abs(fused_loss - plain_loss) / max(abs(plain_loss), 1e-3)
-        agrees = bool(self.rows) and max(difference, loss_difference) <= 3 * self.noise + ULP
+        loss_difference = abs(fused_loss - plain_loss) / max(abs(plain_loss), LEAST_LOSS)
+        loss_ulp, gradient_ulp = rounding()
+        slack = max(ULP * abs(plain_loss), loss_ulp), ULP + gradient_ulp
+        agrees = (
+            bool(self.rows)
+            and difference <= 3 * self.noise + slack[1]
+            and abs(fused_loss - plain_loss) <= 3 * self.noise * abs(plain_loss) + slack[0]
+        )
         row = {"step": number, "loss_difference": loss_difference, "gradient_difference": difference}
         if not agrees:
-            agrees = self._judge(model, fused_loss, plain_loss, fused, plain)
+            agrees = self._judge(model, (fused_loss, fused), (plain_loss, plain), slack)
             row["judged"] = 1.0
         if len(self.memory["fused"]) < MEMORY_STEPS:
             for name in order:
@@ -123,17 +135,20 @@ class Comparison:
         return loss.item(), _gradients(model), seconds
 
     def _judge(
-        self, model: nn.Module, fused_loss: float, plain_loss: float, fused: list[Tensor], plain: list[Tensor]
+        self,
+        model: nn.Module,
+        fused: tuple[float, list[Tensor]],
+        plain: tuple[float, list[Tensor]],
+        slack: tuple[float, float],
     ) -> bool:
         model.zero_grad()
         referee = copy.deepcopy(model).double()
         truth_loss = self.plain(referee).item()
         truth = _gradients(referee)
-        mine, theirs = _distance(fused, truth), _distance(plain, truth)
-        scale = max(abs(truth_loss), 1e-3)
-        loss_errors = abs(fused_loss - truth_loss) / scale, abs(plain_loss - truth_loss) / scale
-        self.noise = max(self.noise, theirs)
-        return mine <= 2 * theirs + ULP and loss_errors[0] <= 2 * loss_errors[1] + 2 * ULP
+        loss_errors = [abs(loss - truth_loss) for loss, _ in (fused, plain)]
+        errors = [_distance(gradients, truth) for _, gradients in (fused, plain)]
+        self.noise = max(self.noise, errors[1])
+        return loss_errors[0] <= 2 * loss_errors[1] + 2 * slack[0] and errors[0] <= 2 * errors[1] + slack[1]
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -90,9 +90,8 @@ class SideInputs:
         count = len(indices)
         sign = torch.ones(2 * count, device=reference.device)
         sign[count:] = -1.0
-        by_token = self._loss.horizon == "token"
         made: dict[str, Callable[[], Any]] = {
-            "ref_logp": lambda: reference if by_token else reference.double().sum(1),
+            "ref_logp": lambda: reference,
             "old_logp": lambda: reference,
             "advantage": lambda: sign,
             "desirable": lambda: sign > 0,

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fused_po import linear_loss, losses
+from fused_po import LossOutput, linear_loss, losses
 from fused_po.cli.checkpoint import load_checkpoint, save_checkpoint
 from fused_po.cli.compare import Comparison
 from fused_po.cli.inputs import SideInputs, check_trainable
 from fused_po.cli.models import add_adapter, load_model, load_tokenizer, save_model
 from fused_po.cli.report import plot
-from fused_po.ops.plain import plain_loss
+from fused_po.ops.plain import plain_loss, rounding
 from fused_po.trainers.model import hidden_and_head
 from fused_po.trainers.preferences import PairBatch, Preferences, TokenPair, collate
 
@@ -118,11 +118,13 @@ class _Run:
         batch = self._batch([self.pairs[i] for i in indices])
         inputs = self.train_inputs(indices, batch, self.model)
         metrics: dict[str, Tensor] = {}
+        outputs: list[LossOutput] = []
 
         def fused(model: nn.Module) -> Tensor:
             out = self._loss_output(model, batch, inputs)
             out.loss.backward()
-            metrics.update(out.metrics, **self._rewards(indices, batch, out.stats.logp, self.train_inputs))
+            metrics.update(out.metrics, **self._rewards(indices, batch, out, self.train_inputs))
+            outputs[:] = [out]
             return out.loss.detach()
 
         def plain(model: nn.Module) -> Tensor:
@@ -132,11 +134,14 @@ class _Run:
             value.backward()
             return value.detach()
 
+        def noise() -> tuple[float, float]:
+            return rounding(outputs[0].stats, batch.labels, self.loss, **inputs)
+
         if self.arguments.compare:
             if self.comparison is None:
                 self.comparison = Comparison(fused, plain, self.device)
             self.comparison.fused, self.comparison.plain = fused, plain
-            loss = self.comparison.step(self.model, number)
+            loss = self.comparison.step(self.model, number, noise)
         else:
             loss = fused(self.model)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
@@ -146,20 +151,24 @@ class _Run:
         found = {"loss": loss, "grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0], **metrics}
         return {name: float(value) for name, value in found.items()}
 
-    def _loss_output(self, model: nn.Module, batch: PairBatch, inputs: dict[str, Any]) -> Any:
+    def _loss_output(self, model: nn.Module, batch: PairBatch, inputs: dict[str, Any]) -> LossOutput:
         backbone, head = hidden_and_head(model)
         half = self.arguments.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             return linear_loss(hidden[:, :-1], head.weight, batch.labels, self.loss, **head.options, **inputs)
 
-    def _rewards(self, indices: Sequence[int], batch: PairBatch, logp: Tensor, inputs: SideInputs) -> dict[str, Tensor]:
+    def _rewards(
+        self, indices: Sequence[int], batch: PairBatch, out: LossOutput, inputs: SideInputs
+    ) -> dict[str, Tensor]:
         """Reward accuracy and margin for losses that do not log their own: rewards are log-ratios to the reference."""
-        ratio = (logp.double() - inputs.reference(indices, batch)).sum(1)
+        if "rewards/accuracies" in out.metrics:
+            return {}
+        assert out.stats.logp is not None
+        ratio = (out.stats.logp.double() - inputs.reference(indices, batch)).sum(1)
         chosen, rejected = ratio.chunk(2)
         margin = chosen - rejected
-        own = {"rewards/accuracies": (margin > 0).double().mean(), "rewards/margins": margin.mean()}
-        return {} if self.loss.horizon == "pair" else own
+        return {"rewards/accuracies": (margin > 0).double().mean(), "rewards/margins": margin.mean()}
 
     @torch.no_grad()
     def _evaluate(self, step: int, log: Any) -> None:
@@ -171,7 +180,7 @@ class _Run:
             indices = range(first, min(first + self.batch_size, len(self.held_out)))
             batch = self._batch([self.held_out[i] for i in indices])
             out = self._loss_output(self.model, batch, self.eval_inputs(indices, batch, self.model))
-            found = {"loss": out.loss, **out.metrics, **self._rewards(indices, batch, out.stats.logp, self.eval_inputs)}
+            found = {"loss": out.loss, **out.metrics, **self._rewards(indices, batch, out, self.eval_inputs)}
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(self.held_out)
         self.model.train()
@@ -231,7 +240,7 @@ class _Run:
 
 
 def _create_loss(name: str, beta: float | None) -> losses.Loss:
-    given: dict[str, object] = {} if beta is None else {"beta": beta}
+    given: dict[str, Any] = {} if beta is None else {"beta": beta}
     if name == "sft":
         given["paired"] = True
     return losses.create(name, **given)

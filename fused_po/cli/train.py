@@ -10,10 +10,10 @@ __all__ = ["add_parser"]
 
 _DATA = Path(__file__).parents[1] / "data"
 _EPILOG = """\
-Losses on pairs (sigmoid, ipo, simpo, ...) take a pair as it is; kto takes its two answers as desirable and
-undesirable, with the reference point from prompts paired with the answers of others; sft learns the chosen answer;
-policy losses (ppo, dapo) take an advantage of +1 on chosen and -1 on rejected answers, with the starting policy as
-the old one. The reference is the starting policy.
+Losses on pairs (sigmoid, ipo, simpo, ...) take a pair as it is; those on single answers (kto, bco, ...) take its two
+answers as desirable and undesirable, kto with the reference point from prompts paired with the answers of others; sft
+learns the chosen answer; policy losses (ppo, dapo, ...) take an advantage of +1 on chosen and -1 on rejected answers,
+with the starting policy as the old one. The reference is the starting policy. docs/losses.md lists all.
 """
 
 

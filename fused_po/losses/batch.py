@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIONAL", "PER_SEQUENCE", "SCALAR", "SIDE_INPUTS", "SPREAD", "SUMMED", "Batch"]
+__all__ = ["OPTIONAL", "PER_SEQUENCE", "SCALAR", "SIDE_INPUTS", "SPREAD", "SUMMED", "TOKEN_FLAGS", "Batch"]
 
 # given per token, or per sequence as the sum over its loss tokens
-SUMMED = frozenset({"ref_logp", "old_logp"})
+SUMMED = frozenset({"ref_logp", "old_logp", "sampling_logp"})
 # given per token, or per sequence as the value of each of its tokens
 SPREAD = frozenset({"advantage", "importance_weight", "row_weight"})
 PER_SEQUENCE = frozenset({"desirable"})
+TOKEN_FLAGS = frozenset({"nll_mask"})
 SCALAR = frozenset({"kl", "shift"})
-SIDE_INPUTS = SUMMED | SPREAD | PER_SEQUENCE | SCALAR
+SIDE_INPUTS = SUMMED | SPREAD | PER_SEQUENCE | TOKEN_FLAGS | SCALAR
 # a loss that reads one of these has a meaning without it
-OPTIONAL = frozenset({"old_logp", "importance_weight", "row_weight"})
+OPTIONAL = frozenset({"old_logp", "sampling_logp", "importance_weight", "row_weight", "nll_mask", "shift"})
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class Batch:
         segments: (B,) int64, rows of each sequence; they sum to N.
         lengths: (B,) int64, loss tokens of each sequence. Equal to ``segments`` unless ``mask`` is given.
         mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
-        num_tokens, num_sequences, num_pairs, num_chosen_tokens: normalisers of the whole call (or of all ranks, where
-            the caller gave them), never of this chunk.
+        num_tokens, num_sequences, num_pairs: normalisers of the whole call (or of all ranks, where the caller gave
+            them), never of this chunk.
+        num_call_tokens, num_chosen_tokens: loss tokens of the call and of its chosen half, whatever ``num_items``
+            says; a mean over the call that becomes its share where ``num_sequences`` was given, as the mean over
+            sequences does.
         chosen: (N,) bool, True for tokens of the first half of the call's sequences (the chosen answers of pairs).
         token_lengths: (N,) loss tokens of the sequence that a token belongs to, in the whole call.
         per_token: side inputs (N,).
@@ -48,6 +52,7 @@ class Batch:
     num_tokens: Tensor  # ()
     num_sequences: Tensor  # ()
     num_pairs: Tensor  # ()
+    num_call_tokens: Tensor  # ()
     num_chosen_tokens: Tensor  # ()
     mask: Tensor | None = None  # (N,)
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
@@ -97,6 +102,27 @@ class Batch:
     def mean_tokens(self, values: Tensor) -> Tensor:
         """This batch's share of the mean over the call's loss tokens: (N,) -> (), float64."""
         return self.sum_tokens(values) / self.num_tokens
+
+    def mean_call_tokens(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over the call's own loss tokens, ``num_items`` or not: (N,) -> (), float64."""
+        return self.sum_tokens(values) / self.num_call_tokens
+
+    def mean_token_means(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over sequences of their token means: (N,) -> (), float64."""
+        return self.sum_tokens(values / self.token_lengths.clamp_min(1)) / self.num_sequences
+
+    def mean_token_sums(self, values: Tensor) -> Tensor:
+        """This batch's share of the mean over sequences of their token sums: (N,) -> (), float64."""
+        return self.sum_tokens(values) / self.num_sequences
+
+    def loss_tokens(self) -> Tensor:
+        """(N,) bool, True where a row carries loss."""
+        return torch.ones_like(self.chosen) if self.mask is None else self.mask
+
+    def positions(self) -> Tensor:
+        """(N,) int64: which loss token of its sequence a token is, from 1."""
+        running = self.loss_tokens().cumsum(0)
+        return running - self.spread(self.lengths.cumsum(0) - self.lengths)
 
     def sum_per_sequence(self, values: Tensor) -> Tensor:
         """Sum over the loss tokens of each sequence: (N,) -> (B,), in float64.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import ClassVar, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from torch import Tensor
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["HORIZONS", "Batch", "Loss", "create", "names", "register", "total"]
+__all__ = ["HORIZONS", "Batch", "Loss", "listed", "total"]
 
 # a loss must see a whole horizon at once, the planner never cuts one
 HORIZONS = ("token", "sequence", "pair", "group", "batch")
-
-_registry: dict[str, type[Loss]] = {}
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Loss(ABC):
     Attributes:
         name: the registered name.
         horizon: one of ``HORIZONS``.
-        needs: names of the statistics and side inputs that are read, detached reads included.
+        needs: names of the statistics and side inputs that the value reads, detached reads included.
+        reports: names of further statistics that the metrics read.
         differentiates: the statistics that gradients flow through.
     """
 
@@ -44,6 +43,10 @@ class Loss(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]: ...
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def differentiates(self) -> tuple[str, ...]:
@@ -71,8 +74,8 @@ class Loss(ABC):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The part of ``needs`` that kernels must compute, in the order of ``STATISTICS``."""
-        return tuple(name for name in STATISTICS if name in self.needs)
+        """What kernels must compute for value and metrics, in the order of ``STATISTICS``."""
+        return tuple(name for name in STATISTICS if name in self.needs or name in self.reports)
 
     def check(self, given: frozenset[str]) -> None:
         """Check the names of side inputs.
@@ -83,13 +86,13 @@ class Loss(ABC):
         reads = self.needs & SIDE_INPUTS
         unknown = given - SIDE_INPUTS
         if unknown:
-            raise ValueError(f"unknown side input {_listed(unknown)}: expected some of {_listed(SIDE_INPUTS)}")
+            raise ValueError(f"unknown side input {listed(unknown)}: expected some of {listed(SIDE_INPUTS)}")
         unread = given - reads
         if unread:
-            raise ValueError(f"loss {self.name!r} does not read {_listed(unread)}; it reads {_listed(reads) or 'none'}")
+            raise ValueError(f"loss {self.name!r} does not read {listed(unread)}; it reads {listed(reads) or 'none'}")
         missing = reads - given - OPTIONAL
         if missing:
-            raise ValueError(f"loss {self.name!r} needs {_listed(missing)}")
+            raise ValueError(f"loss {self.name!r} needs {listed(missing)}")
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -97,46 +100,6 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-LossClass = TypeVar("LossClass", bound=type[Loss])
-
-
-def register(name: str) -> Callable[[LossClass], LossClass]:
-    """Class decorator: make a loss available as ``create(name)``."""
-
-    def add(cls: LossClass) -> LossClass:
-        if name in _registry:
-            raise ValueError(f"loss {name!r} is registered already")
-        cls.name = name
-        _registry[name] = cls
-        return cls
-
-    return add
-
-
-def create(name: str, **hyperparameters: object) -> Loss:
-    """Make a loss by name.
-
-    Args:
-        name: one of ``names()``.
-        hyperparameters: numbers named as in TRL; see the loss's docstring for defaults.
-
-    Raises:
-        ValueError: an unknown name, an unknown hyper-parameter, or a value outside its range.
-    """
-    if name not in _registry:
-        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(names())}")
-    cls = _registry[name]
-    known = {field.name for field in fields(cls)}
-    unknown = frozenset(hyperparameters) - known
-    if unknown:
-        raise ValueError(f"loss {name!r} has no hyper-parameter {_listed(unknown)}; it has {_listed(known) or 'none'}")
-    return cls(**hyperparameters)
-
-
-def names() -> tuple[str, ...]:
-    """The registered losses, sorted."""
-    return tuple(sorted(_registry))
-
-
-def _listed(items: set[str] | frozenset[str]) -> str:
+def listed(items: Iterable[str]) -> str:
+    """Words for a message, sorted."""
     return ", ".join(sorted(items))

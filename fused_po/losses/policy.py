@@ -1,122 +1,276 @@
-"""Policy losses on tokens with advantages, and supervised fine-tuning."""
+"""Losses on tokens with advantages: what they share, and PPO."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_po.losses.batch import Batch
-from fused_po.losses.contract import Loss, register
-from fused_po.losses.terms import entropy_bonus, importance_ratio, k3, policy_logp, require_range
+from fused_po.losses.contract import Loss
+from fused_po.losses.metrics import clip_metrics, entropy_metric, token_mean
+from fused_po.losses.registry import register
+from fused_po.losses.terms import (
+    KL_ESTIMATORS,
+    advantages,
+    clipped_surrogate,
+    difference,
+    kl_penalty,
+    log_ratio,
+    old_logp,
+    policy_logp,
+    quantile,
+    require_choice,
+    require_range,
+    weighted,
+)
 from fused_po.stats import Stats
 
-__all__ = ["Dapo", "Ppo", "Sft"]
+__all__ = ["ClippedLoss", "PolicyLoss", "Ppo", "ReinforcePlusPlus"]
+
+AGGREGATIONS = {
+    "token-mean": Batch.mean_tokens,
+    "seq-mean-token-mean": Batch.mean_token_means,
+    "seq-mean-token-sum": Batch.mean_token_sums,
+}
 
 
 @dataclass(frozen=True)
-class ClippedLoss(Loss):
-    """Base: the clipped surrogate ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` per token, mean over the
-    call's tokens.
+class PolicyLoss(Loss):
+    """Base: a surrogate per token, weighted, then a KL penalty and an entropy bonus.
 
     r = pi / pi_old, clamped to e^+-80; A is ``advantage``.
+
+    Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token, optional: the current log-probs, detached;
+    ``ref_logp`` per token where ``beta`` is not 0; ``importance_weight`` and ``row_weight``, optional, multiply the
+    surrogate; ``sampling_logp`` per token, optional, the sampler's log-probs for the off-policy mask (else
+    ``old_logp``).
+
+    Args:
+        beta: 0.0, weight of the KL penalty to the reference.
+        kl_estimator: ``k3``, or ``k1`` (whose gradient does not depend on the reference), ``k2``.
+        entropy_coef: 0.0, weight of the mean entropy over the call's loss tokens (those that
+            ``top_entropy_quantile`` keeps).
+        top_entropy_quantile: 1.0; below, only that share of the call's tokens with the highest entropy carries the
+            surrogate (Wang et al., arXiv 2506.01939), and the horizon is the batch.
+        off_policy_mask_threshold: None; else tokens with a negative advantage are dropped where the mean of log
+            pi_sampling
+            - log pi over their sequence lies above it (DeepSeek-V3.2, arXiv 2512.02556), and the horizon is the
+                sequence.
     """
 
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
     beta: float = 0.0
+    kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+
+    # side inputs that multiply the surrogate
+    multipliers: ClassVar[tuple[str, ...]] = ("importance_weight", "row_weight")
 
     def __post_init__(self) -> None:
-        for name in ("epsilon", "beta"):
-            require_range(self, name, 0.0, math.inf)
-        if self.epsilon_high is not None:
-            require_range(self, "epsilon_high", 0.0, math.inf)
+        require_range(self, "beta", 0.0, math.inf)
+        require_range(self, "entropy_coef", -math.inf, math.inf, open_low=True, open_high=True)
+        require_range(self, "top_entropy_quantile", 0.0, 1.0)
+        require_choice(self, "kl_estimator", KL_ESTIMATORS)
+        if self.off_policy_mask_threshold is not None:
+            require_range(self, "off_policy_mask_threshold", -math.inf, math.inf)
+
+    @property
+    def own_horizon(self) -> str:
+        """The horizon of the surrogate alone."""
+        return "token"
 
     @property
     def horizon(self) -> str:
-        return "token"
+        if self.top_entropy_quantile < 1.0:
+            return "batch"
+        return "sequence" if self.off_policy_mask_threshold is not None else self.own_horizon
 
     @property
     def needs(self) -> frozenset[str]:
         needs = {"logp", "old_logp", "advantage", "importance_weight", "row_weight"}
         if self.beta != 0.0:
             needs.add("ref_logp")
-        if self.entropy_coef != 0.0:
+        if self.entropy_coef != 0.0 or self.top_entropy_quantile < 1.0:
             needs.add("entropy")
+        if self.off_policy_mask_threshold is not None:
+            needs.add("sampling_logp")
         return frozenset(needs)
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        return ("entropy",)
 
     @property
     def differentiates(self) -> tuple[str, ...]:
         return ("logp", "entropy") if self.entropy_coef != 0.0 else ("logp",)
 
-    def bounds(self) -> tuple[float, float]:
-        """The ratios between which the surrogate is not clipped."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return 1.0 - self.epsilon, 1.0 + high
+    @abstractmethod
+    def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
+        """The loss per token, (N,)."""
 
-    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """The loss per token: (N,), (N,) -> (N,)."""
-        return -torch.minimum(ratio * advantage, ratio.clamp(*self.bounds()) * advantage)
+    @abstractmethod
+    def aggregate(self, values: Tensor, batch: Batch) -> Tensor:
+        """This batch's share of the loss from values per token: (N,) -> ()."""
 
     def kl(self, stats: Stats, batch: Batch) -> Tensor:
         """The KL penalty per token, (N,)."""
         reference = batch.token("ref_logp")
         assert reference is not None
-        return k3(policy_logp(stats), reference)
+        return kl_penalty(policy_logp(stats), reference, self.kl_estimator)
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        advantage = batch.token("advantage")
-        assert advantage is not None
-        ratio = importance_ratio(policy_logp(stats), batch.token("old_logp"))
-        per_token = self.surrogate(ratio, advantage)
-        importance, row_weight = batch.token("importance_weight"), batch.token("row_weight")
-        if importance is not None:
-            per_token = per_token * importance
-        if row_weight is not None:
-            per_token = per_token * row_weight
-        terms = {"policy": batch.mean_tokens(per_token)}
+        terms = {"policy": self._policy(stats, batch)}
         if self.beta != 0.0:
-            terms["kl"] = self.beta * batch.mean_tokens(self.kl(stats, batch))
+            terms["kl"] = self.beta * self.aggregate(self.kl(stats, batch), batch)
         if self.entropy_coef != 0.0:
-            terms["entropy"] = entropy_bonus(stats, batch, self.entropy_coef)
+            assert stats.entropy is not None
+            terms["entropy"] = -self.entropy_coef * self._entropy(stats.entropy, batch)
         return terms
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        advantage = batch.token("advantage")
-        assert advantage is not None
-        ratio = importance_ratio(policy_logp(stats), batch.token("old_logp"))
-        low, high = self.bounds()
-        below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
-        found = {
-            "clip_ratio/low_mean": _mean(below, batch),
-            "clip_ratio/high_mean": _mean(above, batch),
-            "clip_ratio/region_mean": _mean(below | above, batch),
-        }
+        found = entropy_metric(stats, batch)
         if self.beta != 0.0:
-            found["kl"] = _mean(self.kl(stats, batch), batch)
+            found["kl"] = token_mean(self.kl(stats, batch), batch)
         if self.entropy_coef != 0.0:
-            assert stats.entropy is not None
-            found["entropy"] = _mean(stats.entropy, batch)
+            terms = self(stats, batch)
+            found["policy_loss"] = terms["policy"] + terms.get("kl", 0.0)
+            found["entropy_coef"] = torch.full_like(found["entropy"], self.entropy_coef)
         return found
+
+    def _policy(self, stats: Stats, batch: Batch) -> Tensor:
+        loss = self.surrogate(stats, batch)
+        for mask in self.masks(stats, batch):
+            if mask is not None:
+                loss = torch.where(mask, loss, 0.0)
+        for name in self.multipliers:
+            weight = batch.token(name)
+            if weight is not None:
+                loss = weighted(loss, weight)
+        return self.aggregate(loss, batch)
+
+    def masks(self, stats: Stats, batch: Batch) -> tuple[Tensor | None, ...]:
+        """(N,) bool each: tokens that keep their surrogate; None: all."""
+        return self.on_policy(stats, batch), self.high_entropy(stats, batch)
+
+    def on_policy(self, stats: Stats, batch: Batch) -> Tensor | None:
+        """(N,) bool, the tokens that ``off_policy_mask_threshold`` keeps; None: all."""
+        if self.off_policy_mask_threshold is None:
+            return None
+        logp = policy_logp(stats)
+        sampling = batch.token("sampling_logp")
+        sampling = old_logp(logp, batch) if sampling is None else sampling
+        # a token that the sampler could not score is no evidence
+        drift = difference(sampling, logp.detach()).nan_to_num(nan=0.0)  # (N,)
+        near = batch.mean_per_sequence(drift) <= self.off_policy_mask_threshold
+        return (advantages(batch) >= 0) | batch.spread(near)
+
+    def high_entropy(self, stats: Stats, batch: Batch) -> Tensor | None:
+        """(N,) bool, the tokens that ``top_entropy_quantile`` keeps; None: all."""
+        if self.top_entropy_quantile >= 1.0:
+            return None
+        assert stats.entropy is not None
+        entropy = stats.entropy.detach()
+        tokens = batch.loss_tokens()
+        return tokens & (entropy >= quantile(entropy, tokens, 1.0 - self.top_entropy_quantile))
+
+    def _entropy(self, entropy: Tensor, batch: Batch) -> Tensor:
+        mask = self.high_entropy(Stats(entropy=entropy), batch)
+        if mask is None:
+            return batch.mean_call_tokens(entropy)
+        # the mean over fewer tokens
+        return batch.mean_call_tokens(torch.where(mask, entropy, 0.0)) * (batch.lengths.sum() / mask.sum().clamp_min(1))
+
+
+@dataclass(frozen=True)
+class ClippedLoss(PolicyLoss):
+    """Base: ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` per token."""
+
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "epsilon", 0.0, math.inf)
+        if self.epsilon_high is not None:
+            require_range(self, "epsilon_high", 0.0, math.inf)
+
+    @property
+    def upper(self) -> float:
+        """The clip range above."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ratios between which the surrogate is not clipped."""
+        return 1.0 - self.epsilon, 1.0 + self.upper
+
+    @property
+    def ratio_per_sequence(self) -> bool:
+        """All tokens of a sequence share one ratio."""
+        return False
+
+    def ratio(self, logp: Tensor, batch: Batch) -> Tensor:
+        """r per token, (N,)."""
+        return log_ratio(logp, old_logp(logp, batch)).exp()
+
+    def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
+        return clipped_surrogate(self.ratio(policy_logp(stats), batch), advantages(batch), *self.bounds)
+
+    def clipped(self, logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(N,) bool each: tokens clipped below and above."""
+        ratio, advantage = self.ratio(logp, batch), advantages(batch)
+        low, high = self.bounds
+        return (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
+
+    def clip_metrics(self, logp: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """How much of the call is clipped."""
+        return clip_metrics(*self.clipped(logp, batch), batch, per_sequence=self.counts_sequences(batch))
+
+    def counts_sequences(self, batch: Batch) -> bool:
+        """TRL counts sequences where ratio and advantage are one per sequence."""
+        return self.ratio_per_sequence and "advantage" in batch.per_sequence
+
+    def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
+        return super().metrics(stats, batch) | self.clip_metrics(policy_logp(stats), batch)
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """Mixin: how values per token become a loss is the user's choice, in verl's words.
+
+    Args:
+        loss_agg_mode: ``token-mean`` over all loss tokens (``num_items``), ``seq-mean-token-mean`` or
+            ``seq-mean-token-sum`` over sequences (``num_sequences``; empty ones count, as in TRL).
+    """
+
+    loss_agg_mode: str = "token-mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        require_choice(self, "loss_agg_mode", tuple(AGGREGATIONS))
+
+    def aggregate(self, values: Tensor, batch: Batch) -> Tensor:
+        """This batch's share of the loss from values per token: (N,) -> ()."""
+        return AGGREGATIONS[self.loss_agg_mode](batch, values)
 
 
 @register("ppo")
 @dataclass(frozen=True)
-class Ppo(ClippedLoss):
-    """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7), mean over tokens; with ``dual_clip`` that
-    of Ye et al. (arXiv 1912.09729, eq. 5).
+class Ppo(Aggregated, ClippedLoss):
+    """PPO: ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)``, mean over tokens (Schulman et al., arXiv
+    1707.06347, eq. 7); with ``dual_clip`` c at most -c A where A < 0 (Ye et al., arXiv 1912.09729, eq. 5).
 
-    Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token (omitted: the current log-probs, detached);
-    ``ref_logp`` per token where ``beta`` is not 0; ``importance_weight``, ``row_weight`` multiply the surrogate.
+    The clipped loss of a value head is ``fused_po.losses.value_loss``.
 
     Args:
         epsilon: 0.2, lower clip range.
         epsilon_high: upper clip range; None takes ``epsilon``.
-        beta: 0.0, weight of the KL penalty k3 to the reference.
-        entropy_coef: 0.0, weight of the entropy bonus.
         dual_clip: bound > 1 on the ratio where the advantage is negative (verl: 3.0); None: no bound.
     """
 
@@ -127,78 +281,19 @@ class Ppo(ClippedLoss):
         if self.dual_clip is not None:
             require_range(self, "dual_clip", 1.0, math.inf, open_low=True)
 
-    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        loss = super().surrogate(ratio, advantage)
+    def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
+        loss = super().surrogate(stats, batch)
         if self.dual_clip is None:
             return loss
+        advantage = advantages(batch)
         return torch.where(advantage < 0, torch.minimum(loss, -self.dual_clip * advantage), loss)
 
 
-@register("dapo")
+@register("reinforce_plus_plus")
 @dataclass(frozen=True)
-class Dapo(ClippedLoss):
-    """DAPO's token-level GRPO loss (Yu et al., arXiv 2503.14476, eq. 8), TRL's ``loss_type="dapo"``: sum over tokens
-    / ``num_items``.
+class ReinforcePlusPlus(Ppo):
+    """REINFORCE++: ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` on whitened returns (Hu et al., arXiv
+    2501.03262).
 
-    Side inputs as for ``ppo``.
-
-    Args:
-        epsilon: 0.2.
-        epsilon_high: None takes ``epsilon`` (the paper: 0.28).
-        beta: 0.0, weight of the KL penalty k3.
-        entropy_coef: 0.0.
-        delta: upper bound of the unclipped ratio (two-sided clipping, arXiv 2505.07291); None: no bound.
-        use_bias_correction_kl: True as in TRL since 1.10: the KL penalty is multiplied by the ratio.
+    PPO's loss without a critic: what differs is the advantage, ``fused_po.advantages.reinforce_plus_plus``.
     """
-
-    delta: float | None = None
-    use_bias_correction_kl: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.delta is not None:
-            require_range(self, "delta", 0.0, math.inf, open_low=True)
-
-    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        return -torch.minimum(bounded * advantage, ratio.clamp(*self.bounds()) * advantage)
-
-    def kl(self, stats: Stats, batch: Batch) -> Tensor:
-        kl = super().kl(stats, batch)
-        if not self.use_bias_correction_kl:
-            return kl
-        return kl * importance_ratio(policy_logp(stats), batch.token("old_logp"))
-
-
-@register("sft")
-@dataclass(frozen=True)
-class Sft(Loss):
-    """Supervised fine-tuning: the mean negative log-likelihood of the call's loss tokens.
-
-    Args:
-        paired: False. True: the batch holds pairs and only the chosen half is learned (TRL's DPO ``loss_type="sft"``).
-    """
-
-    paired: bool = False
-
-    @property
-    def horizon(self) -> str:
-        return "token"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"logp", "row_weight"})
-
-    def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        loss = -policy_logp(stats)
-        row_weight = batch.token("row_weight")
-        if row_weight is not None:
-            loss = loss * row_weight
-        if not self.paired:
-            return {"nll": batch.mean_tokens(loss)}
-        return {"nll": batch.sum_tokens(torch.where(batch.chosen, loss, 0.0)) / batch.num_chosen_tokens}
-
-
-def _mean(values: Tensor, batch: Batch) -> Tensor:
-    """Mean over the loss tokens at hand, which is what TRL logs, whatever normalises the loss."""
-    return batch.sum_tokens(values) / batch.lengths.sum().clamp_min(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,27 +12,48 @@ from fused_po.losses.batch import Batch
 from fused_po.stats import Stats
 
 __all__ = [
+    "HUGE",
+    "KL_ESTIMATORS",
+    "advantages",
+    "bounded",
+    "bounded_exp",
+    "bounded_expm1",
+    "chosen_nll",
+    "clipped_surrogate",
     "difference",
-    "entropy_bonus",
-    "importance_ratio",
-    "k3",
+    "kl_penalty",
     "log_ratio",
+    "old_logp",
     "policy_logp",
+    "quantile",
+    "reinforce",
+    "require_choice",
     "require_range",
+    "running_shift",
     "sequence_log_ratio",
     "sigmoid_loss",
+    "weighted",
 ]
 
 # exp of it is finite in float32 with room for a product
 MAX_LOG_RATIO = 80.0
+# exp of it is the largest float32
+MAX_EXPONENT = math.log(torch.finfo(torch.float32).max)
 # stands for infinity, so that a product with 0 is 0
 HUGE = 1e30
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def policy_logp(stats: Stats) -> Tensor:
-    """The policy's log-probs (N,); every loss asks the kernels for them."""
+    """The policy's log-probs (N,), in float64: these are O(N) numbers, and products of them pass float32's range."""
     assert stats.logp is not None
-    return stats.logp
+    return stats.logp.double()
+
+
+def old_logp(logp: Tensor, batch: Batch) -> Tensor:
+    """Log-probs (N,) under the policy that sampled; without them the current ones, detached, so that the ratio is 1."""
+    old = batch.token("old_logp")
+    return logp.detach() if old is None else old.double()
 
 
 def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
@@ -43,34 +66,54 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
 def difference(left: Tensor, right: Tensor) -> Tensor:
     """``left - right`` of log-probs, clamped to +-1e30; 0 where both are the same infinity."""
     same = (left == right) & left.isinf()
-    return _bounded(torch.where(same, 0.0, left - right), HUGE)
+    return bounded(torch.where(same, 0.0, left - right), HUGE)
 
 
 def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
-    """``logp - other`` per token, clamped to +-80 so that its exponential stays finite."""
-    return _bounded(difference(logp, other), MAX_LOG_RATIO)
+    """``logp - other``, clamped to +-80 so that its exponential stays finite."""
+    return bounded(difference(logp, other), MAX_LOG_RATIO)
 
 
-def importance_ratio(logp: Tensor, old: Tensor | None) -> Tensor:
-    """``pi / pi_old`` per token; without old log-probs the current ones, detached (value 1, gradient that of logp)."""
-    return log_ratio(logp, logp.detach() if old is None else old).exp()
+def kl_penalty(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
+    """A KL estimator per token (Schulman, "Approximating KL Divergence", 2020).
 
-
-def k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """The KL estimator ``e^{ref - logp} - (ref - logp) - 1`` per token (k3 of Schulman, "Approximating KL
-    Divergence", 2020).
+    With r = logp - ref: k1 = r, k2 = r^2 / 2, k3 = e^-r + r - 1.
     """
-    difference = -log_ratio(logp, ref)
-    return torch.expm1(difference) - difference
+    ratio = log_ratio(logp, ref)
+    if estimator == "k1":
+        return ratio
+    if estimator == "k2":
+        return 0.5 * ratio.square()
+    return torch.expm1(-ratio) + ratio
 
 
-def entropy_bonus(stats: Stats, batch: Batch, coefficient: float) -> Tensor:
-    """``-coefficient`` times the mean entropy over the call's loss tokens."""
-    assert stats.entropy is not None
-    return -coefficient * batch.mean_tokens(stats.entropy)
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, ceiling: float = math.inf) -> Tensor:
+    """``-min(min(r, ceiling) A, clip(r, low, high) A)`` per token."""
+    return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
 
 
-def sigmoid_loss(logits: Tensor, label_smoothing: float) -> Tensor:
+def reinforce(weight: Tensor, logp: Tensor, batch: Batch, shift: float = 0.0) -> Tensor:
+    """``-stopgrad(weight) (A - shift) log pi`` per token."""
+    return -weight.detach() * (advantages(batch) - shift) * bounded(logp, HUGE)
+
+
+def chosen_nll(stats: Stats, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the loss tokens of the chosen half, ()."""
+    return -batch.sum_tokens(torch.where(batch.chosen, policy_logp(stats), 0.0)) / batch.num_chosen_tokens
+
+
+def running_shift(rewards: Tensor, weight: float, batch: Batch) -> Tensor:
+    """``weight shift + (1 - weight) mean(rewards)``, detached: (B,) -> (); a shift that was not given is 0."""
+    given = batch.scalar("shift")
+    shift = rewards.new_zeros(()) if given is None else weight * given
+    if weight == 1.0:
+        return shift
+    present = batch.lengths > 0
+    mean = torch.where(present, rewards, 0.0).sum() / present.sum().clamp_min(1)
+    return shift + (1.0 - weight) * mean.detach()
+
+
+def sigmoid_loss(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """``-(1 - q) log sigmoid(x) - q log sigmoid(-x)``."""
     loss = -F.logsigmoid(logits)
     if label_smoothing == 0.0:
@@ -78,19 +121,68 @@ def sigmoid_loss(logits: Tensor, label_smoothing: float) -> Tensor:
     return (1.0 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logits)
 
 
-def require_range(loss: object, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+def advantages(batch: Batch) -> Tensor:
+    """A per token, (N,) float64."""
+    advantage = batch.token("advantage")
+    assert advantage is not None
+    return advantage.double()
+
+
+def weighted(values: Tensor, weight: Tensor) -> Tensor:
+    """``values * weight``, 0 where the weight is 0 even if the value is infinite."""
+    return torch.where(weight == 0, 0.0, values * weight)
+
+
+def bounded(values: Tensor, limit: float) -> Tensor:
+    """Clamp to +-limit; unlike ``clamp``, whose gradient hides a NaN, this keeps it."""
+    return torch.where(values.abs() > limit, values.sign() * limit, values)
+
+
+def bounded_exp(values: Tensor, limit: float = MAX_EXPONENT) -> Tensor:
+    """``e^x``, constant above the limit (88.7: the largest float32)."""
+    return torch.exp(torch.where(values > limit, limit, values))
+
+
+def bounded_expm1(values: Tensor, limit: float = MAX_EXPONENT) -> Tensor:
+    """``e^x - 1``, constant above the limit."""
+    return torch.expm1(torch.where(values > limit, limit, values))
+
+
+def quantile(values: Tensor, members: Tensor, q: float) -> Tensor:
+    """The q-quantile over the members, interpolated linearly as ``torch.quantile`` does: (N,), (N,) bool -> ().
+
+    Sorts, so that neither the number of members is read on the host nor their count limited; +inf without a member.
+    """
+    if values.shape[0] == 0:
+        return values.new_full((), torch.inf)
+    ordered = torch.where(members, values, torch.inf).sort().values  # (N,)
+    rank = (members.sum() - 1).clamp_min(0).double() * q
+    below, above = ordered[rank.floor().long()], ordered[rank.ceil().long()]
+    # two infinities: their difference is NaN
+    return torch.where(below == above, below, below + (above - below) * (rank - rank.floor()).to(values.dtype))
+
+
+def require_range(
+    loss: object, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
     """Check a hyper-parameter of a loss.
 
     Raises:
-        ValueError: it is NaN or lies outside [low, high], or on an excluded lower end.
+        ValueError: it is NaN or lies outside [low, high], or on an excluded end.
     """
     value = getattr(loss, name)
-    inside = low < value <= high if open_low else low <= value <= high
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not inside:
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
+        brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must lie in {brackets}, got {value}")
 
 
-def _bounded(values: Tensor, limit: float) -> Tensor:
-    """Clamp to +-limit; unlike ``clamp``, whose gradient hides a NaN, this keeps it."""
-    return torch.where(values.abs() > limit, values.sign() * limit, values)
+def require_choice(loss: object, name: str, choices: tuple[str, ...]) -> None:
+    """Check a hyper-parameter of a loss that is one of a few words.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    value = getattr(loss, name)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, Batch
+from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, TOKEN_FLAGS, Batch
 from fused_po.ops.checks import IGNORE, same_device
 from fused_po.ops.planning import Chunk, Plan, Rows
 from fused_po.stats import Stats
@@ -93,6 +93,7 @@ def call_batch(
     if layout.mask is not None:
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
     sequences = _number(count if num_sequences is None else num_sequences, device).clamp_min(1)
+    share = sequences / max(count, 1)
     per_token: dict[str, Tensor] = {}
     per_sequence: dict[str, Tensor] = {}
     scalars: dict[str, Tensor] = {}
@@ -101,9 +102,10 @@ def call_batch(
         if name in SCALAR:
             scalars[name] = tensor.double()
         elif tensor.shape == layout.labels.shape and name not in PER_SEQUENCE:
-            rows = layout.rows.gather(tensor.reshape(-1)).to(dtype)
+            rows = layout.rows.gather(tensor.reshape(-1))
+            rows = rows if name in TOKEN_FLAGS else rows.to(dtype)
             # what stands at masked positions must not reach a sum, not even as 0 * nan
-            per_token[name] = rows if layout.mask is None else torch.where(layout.mask, rows, 0.0)
+            per_token[name] = rows if layout.mask is None else torch.where(layout.mask, rows, torch.zeros_like(rows))
         elif name in PER_SEQUENCE:
             per_sequence[name] = tensor
         else:
@@ -118,7 +120,8 @@ def call_batch(
         num_tokens=_number(lengths.sum() if num_items is None else num_items, device).clamp_min(1),
         num_sequences=sequences,
         num_pairs=sequences / 2,
-        num_chosen_tokens=lengths[: count // 2].sum().clamp_min(1),
+        num_call_tokens=lengths.sum().clamp_min(1) * share,
+        num_chosen_tokens=lengths[: count // 2].sum().clamp_min(1) * share,
         mask=layout.mask,
         per_token=per_token,
         per_sequence=per_sequence,
@@ -165,8 +168,8 @@ def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
         wanted = [()]
         # a one-element vector is what a mean with keepdim leaves
         value = value.reshape(()) if value.numel() == 1 else value
-    elif name in PER_SEQUENCE:
-        wanted = [(count,)]
+    elif name in PER_SEQUENCE or name in TOKEN_FLAGS:
+        wanted = [(count,) if name in PER_SEQUENCE else tuple(labels.shape)]
         if value.dtype != torch.bool:
             raise ValueError(f"{name} must be bool: got {value.dtype}")
     else:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fused_po.losses.contract import Loss, total
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
+from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import static_plan
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["plain_loss", "plain_stats"]
+__all__ = ["plain_loss", "plain_stats", "rounding"]
 
 
 def plain_stats(
@@ -78,9 +79,42 @@ def plain_loss(
         "temperature": temperature,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "outputs": loss.statistics,
+        # what only metrics read is not charged to it
+        "outputs": tuple(name for name in STATISTICS if name in loss.needs),
     }
     stats = plain_stats(logits, labels, **options)
     flat = Stats(**{name: value.reshape(-1) for name, value in stats.present().items()})
     batch = call_batch(layout, side_inputs, num_items, num_sequences, logits.dtype)
     return total(loss(masked_stats(flat, layout.mask), batch))
+
+
+def rounding(stats: Stats, labels: Tensor, loss: Loss, **side_inputs: Number) -> tuple[float, float]:
+    """What one ulp of float32 in the log-probs does to a loss, at worst: to its value, and to its coefficients.
+
+    A loss may be a difference near 0 of large sums, or weigh its gradient by the ratio of a whole sequence; neither
+    is known better than its log-probs are, whoever computes them.
+
+    Args:
+        stats: in the shape of labels, as ``linear_loss`` returns them.
+        labels: (B, S).
+
+    Returns:
+        the change of the value, and that of dL/dlogp relative to its norm.
+    """
+    layout = Layout.of(labels, static_plan(labels, packed=False))
+    flat = {
+        name: v.reshape(-1) if v.dtype == torch.bool else v.reshape(-1).double() for name, v in stats.present().items()
+    }
+    batch = call_batch(layout, side_inputs, None, None, torch.float64)
+    ulp = torch.finfo(torch.float32).eps
+
+    def at(scale: float) -> tuple[Tensor, Tensor]:
+        moved = Stats(**{**flat, "logp": flat["logp"] * scale})
+        value, found = coefficients(loss, masked_stats(moved, layout.mask), batch)
+        assert found.logp is not None
+        return value, found.logp
+
+    (value, c), (moved_value, moved_c) = at(1.0), at(1.0 + ulp)
+    # all log-probs moved together, detached ones too; and each on its own, whatever cancels
+    change = (moved_value - value).abs() + ulp * (c * flat["logp"]).abs().sum()
+    return change.item(), ((moved_c - c).norm() / c.norm().clamp_min(1e-300)).item()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch import sigmoid as s
 
 from fused_po import losses
+from fused_po.ops.batches import call_batch
 from fused_po.ops.coefficients import coefficients
 from tests.losses.cases import make_batch
 
@@ -131,3 +135,210 @@ def test_sft_learns_all_or_the_chosen_half():
     torch.testing.assert_close(-triple.logp, torch.full_like(triple.logp, 1 / sum(LENGTHS)))
     _, triple = coefficients(losses.create("sft", paired=True), stats, batch)
     torch.testing.assert_close(-triple.logp, batch.chosen.double() / (LENGTHS[0] + LENGTHS[1]))
+
+
+B = 0.4
+SIDES = {
+    "robust": (
+        {"label_smoothing": 0.2},
+        lambda u, v: B * (0.8 * s(-B * (u - v)) + 0.2 * s(B * (u - v))) / 0.6,
+        lambda u, v: -B * (0.8 * s(-B * (u - v)) + 0.2 * s(B * (u - v))) / 0.6,
+    ),
+    "exo_pair": (
+        {"label_smoothing": 0.2},
+        lambda u, v: -B * s(B * (u - v)) * s(-B * (u - v)) * (B * (u - v) - math.log(4.0)),
+        lambda u, v: B * s(B * (u - v)) * s(-B * (u - v)) * (B * (u - v) - math.log(4.0)),
+    ),
+    "nca_pair": ({}, lambda u, v: B * (s(-B * u) - s(B * u) / 2), lambda u, v: -B * s(B * v) / 2),
+    "bco_pair": ({}, lambda u, v: B * s(-(B * u - 0.1)), lambda u, v: -B * s(B * v - 0.1)),
+    "sppo_hard": ({}, lambda u, v: -2 * (u - 1 / (2 * B)), lambda u, v: -2 * (v + 1 / (2 * B))),
+    "apo_zero": ({}, lambda u, v: B * s(B * u) * s(-B * u), lambda u, v: -B * s(B * v) * s(-B * v)),
+    "apo_down": (
+        {},
+        lambda u, v: -B * s(B * u) * s(-B * u) + B * s(B * (u - v)) * s(-B * (u - v)),
+        lambda u, v: -B * s(B * (u - v)) * s(-B * (u - v)),
+    ),
+    "cal_dpo": (
+        {},
+        lambda u, v: s(-(u - v)) + (1 / (2 * B) - u),
+        lambda u, v: -s(-(u - v)) - (1 / (2 * B) + v),
+    ),
+    "dpop": (
+        {"dpop_lambda": 5.0},
+        lambda u, v: B * s(-B * (u - v - 5 * (-u).relu())) * (1 + 5 * (u < 0)),
+        lambda u, v: -B * s(-B * (u - v - 5 * (-u).relu())),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_table_of_sides(name):
+    extra, chosen, rejected = SIDES[name]
+    loss = losses.create(name, beta=B, **extra)
+    stats, batch, _ = make_batch(loss, [5, 2, 3, 3, 4, 2])
+    _, _, u, v = pairs(stats, batch)
+    assert (u > 0).any() and (u < 0).any()
+    check(loss, stats, batch, chosen(u, v), rejected(u, v))
+
+
+def test_discopop():
+    loss = losses.create("discopop", beta=B, discopop_tau=0.3)
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    _, _, u, v = pairs(stats, batch)
+    z = B * (u - v)
+    m = s(z / 0.3)
+    dz = -s(-z) * (1 - m) - (-z).exp() * m + m * (1 - m) / 0.3 * ((-z).exp() - torch.nn.functional.softplus(-z))
+    check(loss, stats, batch, -B * dz, B * dz)
+
+
+def test_orpo():
+    loss = losses.create("orpo", beta=0.7)
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    batch = replace(batch, per_token={})
+    plus, minus = batch.lengths.chunk(2)
+    mean_plus, mean_minus = batch.mean_per_sequence(stats.logp).chunk(2)
+    o = mean_plus - mean_minus - torch.log1p(-mean_plus.exp()) + torch.log1p(-mean_minus.exp())
+    chosen = 0.7 * s(-o) / (1 - mean_plus.exp()) / plus + batch.num_pairs / batch.num_chosen_tokens
+    check(loss, stats, batch, chosen, -0.7 * s(-o) / (1 - mean_minus.exp()) / minus)
+
+
+def test_alphapo():
+    """The slope of (1 - e^{-alpha x}) / alpha is e^{-alpha x}."""
+    loss = losses.create("alphapo", beta=2.0, simpo_gamma=0.8, alpha=0.25)
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    x, y = batch.mean_per_sequence(stats.logp).chunk(2)
+    plus, minus = batch.lengths.chunk(2)
+    k = 2.0 * s(-(2.0 * ((-0.25 * y).exp() - (-0.25 * x).exp()) / 0.25 - 0.8))
+    check(loss, stats, batch, k * (-0.25 * x).exp() / plus, -k * (-0.25 * y).exp() / minus)
+
+
+def test_beta_dpo():
+    loss = losses.create("beta_dpo", beta=0.3, beta_alpha=0.6, kept=0.5)
+    stats, batch, _ = make_batch(loss, [5, 2, 3, 3, 4, 2, 2, 1])
+    _, _, u, v = pairs(stats, batch)
+    reward = 0.3 * (u - v)
+    kept = torch.zeros(4, dtype=torch.bool)
+    kept[(reward - 0.1).abs().argsort()[:2]] = True
+    beta = 0.3 * (1 + 0.6 * (reward[kept].mean() - 0.1))
+    k = torch.where(kept, 2 * beta * s(-beta * (u - v)), 0.0)
+    check(loss, stats, batch, k, -k)
+
+
+def policy_case(name: str, lengths=(40, 30), **hyperparameters):
+    """A loss, its batch, ratio, advantage and the weight of each token in a mean over tokens."""
+    loss = losses.create(name, **hyperparameters)
+    stats, batch, _ = make_batch(loss, list(lengths))
+    old = batch.token("old_logp")
+    ratio = torch.ones_like(stats.logp) if old is None else (stats.logp - old).exp()
+    weight = batch.token("importance_weight") * batch.token("row_weight")
+    _, triple = coefficients(loss, stats, batch)
+    return -triple.logp, batch, ratio, batch.token("advantage"), weight
+
+
+# k of a token over its weight / tokens, from ratio and advantage
+POLICY = {
+    "gpg": ({}, lambda r, a: a),
+    "cispo": ({"epsilon_high": 1.1}, lambda r, a: r.clamp(max=1.1) * a),
+    "cispo_verl": ({"epsilon": 0.1}, lambda r, a: r.clamp(0.9, 1.1) * a),
+    "aspo": (
+        {"epsilon": 0.2, "dual_clip": 1.3},
+        lambda r, a: torch.where(
+            a > 0, (1 / r).clamp(max=1.3) * a * (r <= 1.2), r.clamp(max=1.3) * a * (r >= 0.8)
+        ),
+    ),
+    "psr": ({}, lambda r, a: (a > 0).double()),
+    "nsr": ({}, lambda r, a: -(a < 0).double()),
+    "w_reinforce": ({}, lambda r, a: torch.where(a > 0, 0.1, -1.0)),
+    "reinforce_plus_plus": ({}, lambda r, a: r * a * torch.where(a > 0, r <= 1.2, r >= 0.8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_table_of_policy_losses(name):
+    extra, slope = POLICY[name]
+    k, batch, ratio, advantage, weight = policy_case(name, **extra)
+    torch.testing.assert_close(k, slope(ratio, advantage) * weight / batch.num_tokens, rtol=1e-12, atol=1e-16)
+
+
+def test_sapo():
+    k, batch, ratio, advantage, weight = policy_case("sapo")
+    tau = torch.where(advantage > 0, 1.0, 1.05)
+    gate = s(tau * (ratio - 1))
+    want = 4 * advantage * ratio * gate * (1 - gate) * weight / batch.token_lengths / 2
+    torch.testing.assert_close(k, want, rtol=1e-12, atol=1e-16)
+
+
+def test_topr_and_asymre():
+    k, batch, ratio, advantage, weight = policy_case("topr", (6, 5, 4))
+    whole = batch.spread(batch.sum_per_sequence(ratio.log()).exp())
+    assert (whole < 1).any() and (whole > 1).any()
+    taper = torch.where(advantage >= 0, 1.0, whole.clamp(max=1.0))
+    torch.testing.assert_close(k, taper * advantage * weight / 3, rtol=1e-12, atol=1e-16)
+    k, batch, _, advantage, weight = policy_case("asymre", (6, 5, 4), delta_v=-0.3)
+    torch.testing.assert_close(k, (advantage + 0.3) * weight / 3, rtol=1e-12, atol=1e-16)
+
+
+def test_gspo_token_gives_each_token_its_own_advantage():
+    k, batch, ratio, advantage, weight = policy_case("gspo_token", (6, 5), epsilon=0.9, epsilon_high=0.9)
+    mean = batch.spread(batch.mean_per_sequence(ratio.log()).exp())
+    torch.testing.assert_close(k, mean * advantage * weight / batch.token_lengths / 2, rtol=1e-12, atol=1e-16)
+
+
+def test_covariance_losses_restrain_the_right_tokens():
+    k, _, ratio, advantage, weight = policy_case("kl_cov", kl_cov_ratio=0.1, ppo_kl_coef=0.5)
+    stats = make_batch(losses.create("kl_cov"), [40, 30])[0]
+    covariance = (advantage - advantage.mean()) * (stats.logp - stats.logp.mean())
+    largest = torch.zeros(70, dtype=torch.bool)
+    largest[covariance.argsort(descending=True)[:7]] = True
+    want = (ratio * advantage - torch.where(largest, 0.5 * ratio.log().sign(), 0.0)) * weight / 70
+    torch.testing.assert_close(k, want, rtol=1e-12, atol=1e-16)
+    bounds = {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.2, "clip_cov_ub": 1.0, "epsilon": 5.0}
+    found = [policy_case("clip_cov", seed=seed, **bounds)[0] for seed in (0, 1)]
+    candidates = (covariance > 0.2) & (covariance < 1.0)
+    assert candidates.sum() > 7
+    for k in found:
+        assert (k == 0).sum() == 7 and candidates[k == 0].all()
+    assert not torch.equal(found[0] == 0, found[1] == 0)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slope"),
+    [("k1", torch.ones_like), ("k2", lambda d: d), ("k3", lambda d: 1 - (-d).exp())],
+)
+def test_kl_estimators(estimator, slope):
+    loss, base = losses.create("ppo", beta=0.2, kl_estimator=estimator), losses.create("ppo")
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    difference = coefficients(loss, stats, batch)[1].logp - coefficients(base, stats, batch)[1].logp
+    drift = stats.logp - batch.token("ref_logp")
+    torch.testing.assert_close(difference, 0.2 * slope(drift) / batch.num_tokens, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_aggregation(mode):
+    loss = losses.create("gpg", loss_agg_mode=mode)
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    weight = batch.token("importance_weight") * batch.token("row_weight") * batch.token("advantage")
+    divisor = {
+        "token-mean": batch.num_tokens,
+        "seq-mean-token-mean": batch.token_lengths * len(LENGTHS),
+        "seq-mean-token-sum": len(LENGTHS),
+    }[mode]
+    _, triple = coefficients(loss, stats, batch)
+    torch.testing.assert_close(-triple.logp, weight / divisor, rtol=1e-12, atol=1e-16)
+
+
+def test_given_normalisers_are_taken_as_they_are():
+    """Half of a gradient accumulation gives half of the sum, whatever the loss is a mean of."""
+    torch.manual_seed(0)
+    for name in ("dapo", "bnpo", "grpo", "dr_grpo", "sigmoid", "orpo", "kto"):
+        loss = losses.create(name)
+        stats, batch, layout = make_batch(loss, LENGTHS)
+        inputs = {**batch.per_token, **batch.per_sequence, **batch.scalars}
+        value, _ = coefficients(loss, stats, batch)
+        dense = {
+            key: layout.fill(v) if key in batch.per_token and key not in batch.per_sequence else v
+            for key, v in inputs.items()
+        }
+        given = call_batch(layout, dense, 2 * sum(LENGTHS), 2 * len(LENGTHS), torch.float64)
+        halved, _ = coefficients(loss, stats, given)
+        torch.testing.assert_close(halved, value / 2)

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_po import losses
-from fused_po.losses.batch import SIDE_INPUTS, Batch
+from fused_po.losses.batch import Batch
 from fused_po.losses.terms import policy_logp
 from fused_po.ops.plain import plain_loss, plain_stats
 from fused_po.stats import Stats
+from tests.losses.cases import side_inputs
 
 B, S, H, V = 6, 9, 16, 37
 
@@ -68,18 +69,7 @@ class Problem:
         self.labels[torch.rand(self.labels.shape) < self.masked] = -100
         self.temperature = torch.rand(self.labels.shape, dtype=torch.float64) + 0.5
         logp = self.stats().logp.detach()
-        sums = torch.where(self.labels >= 0, logp, 0.0).sum(1)
-        per_token = self.loss.horizon == "token"
-        made = {
-            "ref_logp": logp + torch.randn_like(logp) if per_token else sums + 4 * torch.randn_like(sums),
-            "old_logp": logp + 0.2 * torch.randn_like(logp),
-            "advantage": torch.randn_like(sums),
-            "importance_weight": torch.rand_like(logp),
-            "row_weight": torch.rand_like(sums),
-            "desirable": torch.arange(self.batch) % 2 == 0,
-            "kl": torch.tensor(0.4),
-        }
-        self.side_inputs = {name: made[name] for name in self.loss.needs & SIDE_INPUTS}
+        self.side_inputs = side_inputs(self.loss, self.labels, logp)
         for name, tensor in self.tensors.items():
             self.tensors[name] = tensor.to(self.dtype).requires_grad_(name not in self.frozen)
 

@@ -1,0 +1,78 @@
+"""Losses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TypeVar
+
+from fused_po.losses.contract import Loss, listed
+from fused_po.losses.mixture import Mixture
+
+__all__ = ["create", "names", "register"]
+
+_registry: dict[str, type[Loss]] = {}
+
+LossClass = TypeVar("LossClass", bound=type[Loss])
+
+
+def register(name: str) -> Callable[[LossClass], LossClass]:
+    """Class decorator: make a loss available as ``create(name)``."""
+
+    def add(cls: LossClass) -> LossClass:
+        if name in _registry:
+            raise ValueError(f"loss {name!r} is registered already")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The registered losses, sorted."""
+    return tuple(sorted(_registry))
+
+
+def create(
+    name: str | Sequence[str], *, loss_weights: Sequence[float] | None = None, **hyperparameters: object
+) -> Loss:
+    """Make a loss by name, or a weighted sum of several as TRL's ``loss_type`` list does.
+
+    Args:
+        name: one of ``names()``, or a list of them.
+        loss_weights: a weight for each name of a list; default all 1.
+        hyperparameters: numbers and words named as in TRL; see the loss's docstring for defaults. In a list each loss
+            takes those that it has (so WPO's ``use_weighting`` leaves ``sft`` alone, where TRL fails), and ``sft``
+            beside pairwise losses learns the chosen half.
+
+    Raises:
+        ValueError: an unknown name, an unknown hyper-parameter, a value outside its range, weights that do not match.
+    """
+    if isinstance(name, str):
+        if loss_weights is not None:
+            raise ValueError("loss_weights weights a list of losses: got one name")
+        _refuse_unknown(f"loss {name!r}", _known(name), hyperparameters)
+        return _registry[name](**hyperparameters)
+    chosen = list(name)
+    known = {one: _known(one) for one in chosen}
+    _refuse_unknown(f"none of the losses {listed(known)}", frozenset().union(*known.values()), hyperparameters)
+    paired = {"paired": True} if set(chosen) != {"sft"} else {}
+    given = [{**paired, **hyperparameters} for _ in chosen]
+    parts = [
+        _registry[one](**{key: value for key, value in options.items() if key in known[one]})
+        for one, options in zip(chosen, given, strict=True)
+    ]
+    return Mixture(tuple(parts), tuple([1.0] * len(parts) if loss_weights is None else loss_weights))
+
+
+def _known(name: str) -> frozenset[str]:
+    if name not in _registry:
+        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(names())}")
+    return frozenset(field.name for field in fields(_registry[name]) if field.init)
+
+
+def _refuse_unknown(who: str, known: frozenset[str], given: dict[str, object]) -> None:
+    unknown = frozenset(given) - known
+    if unknown:
+        raise ValueError(f"{who} has no hyper-parameter {listed(unknown)}; it has {listed(known) or 'none'}")

@@ -1,0 +1,188 @@
+"""Write docs/losses.md and its plots from the registry of losses and their docstrings.
+
+python scripts/make_losses_doc.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from fused_po import losses
+from fused_po.losses.batch import OPTIONAL
+from fused_po.losses.pairwise import ReferenceLoss
+from fused_po.ops.batches import Layout, call_batch
+from fused_po.ops.coefficients import coefficients
+from fused_po.ops.planning import make_plan
+from fused_po.stats import STATISTICS, Stats
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+HEAD = """# Losses
+
+Written by `python scripts/make_losses_doc.py` from the registry; the docstrings say more:
+`help(type(losses.create("ipo")))`.
+
+Make one with `fused_po.losses.create(name, **hyperparameters)`, or a weighted sum with `create(["sigmoid", "sft"],
+loss_weights=[1.0, 0.2])`. Names and defaults of hyper-parameters are TRL's where TRL has the loss.
+
+- **a, d**: summed log-probs of the chosen and the rejected answer; **u, v**: their log-ratios to the reference;
+  **h = u - v**; **r**: ratio of the policy to the one that sampled; **A**: advantage.
+- **Horizon**: what must be seen whole, and is never cut. **Reads**: statistics and side inputs, optional ones in
+  brackets.
+- **GEMMs**: with a trainable head / with a frozen one. The third number, where there is one, is that of a horizon
+  larger than `scratch_bytes`; losses without it keep 3 there: token by token, or because their coefficients are one
+  number times a pattern.
+- **Plots**: -dL/dlogp, how hard a step pushes the log-prob up, with the default hyper-parameters. Pairs: over the
+  margin, chosen solid, rejected dashed, answers of one token, u = -v (without a reference: log-probs around -3).
+  Single answers: over u, desirable solid. Policy losses: over r, A = 1 solid, A = -1 dashed.
+"""
+
+FAMILIES = {
+    "Pairs: DPO and what is done to its margin": ("pairwise",),
+    "Pairs: an aim for each side": ("pairwise_sides",),
+    "Pairs: across the batch": ("pairwise_batch",),
+    "Pairs: no reference": ("reference_free",),
+    "Single answers": ("unpaired",),
+    "Tokens with advantages: PPO": ("policy", "covariance"),
+    "Tokens with advantages: GRPO": ("grpo",),
+    "Tokens with advantages: REINFORCE": ("reinforce",),
+    "Supervised": ("sft",),
+}
+
+
+def summary(loss: losses.Loss) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((inspect.getdoc(type(loss)) or "").split("\n\n")[0].split())
+
+
+def equation(loss: losses.Loss) -> str:
+    """What the docstring gives as code."""
+    return " and ".join(re.findall(r"``(.+?)``", summary(loss)))
+
+
+def paper(loss: losses.Loss) -> str:
+    """Where the docstring says the loss comes from."""
+    ids = dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", summary(loss)))
+    links = [f"[{one}](https://arxiv.org/abs/{one})" for one in ids]
+    named = re.search(r"\((Mitchell, .+?, \d{4})\)", summary(loss))
+    return ", ".join(links) or (named.group(1) if named else "TRL's `SFTTrainer`")
+
+
+def gemms(loss: losses.Loss) -> str:
+    """GEMMs with a trainable and a frozen head, and of a horizon beyond the budget where it costs more."""
+    batch = _call(loss, torch.full((2, 1), -1.0), {})[1]
+    cheap = loss.horizon == "token" or loss.pattern(batch) is not None
+    return "3 / 2" if cheap else "3 / 2, 4"
+
+
+def reads(loss: losses.Loss) -> str:
+    needed = [name for name in (*STATISTICS, *sorted(loss.needs - set(STATISTICS))) if name in loss.needs]
+    return ", ".join(f"[`{name}`]" if name in OPTIONAL else f"`{name}`" for name in needed)
+
+
+def table() -> str:
+    """The whole page."""
+    blocks = [HEAD]
+    made = [losses.create(name) for name in losses.names()]
+    for title, modules in FAMILIES.items():
+        rows = ["| name | loss | source | horizon | reads | GEMMs | -dL/dlogp |", "|---|---|---|---|---|---|---|"]
+        for loss in made:
+            if type(loss).__module__.rsplit(".", 1)[1] in modules:
+                given = ", ".join(f"{f.name} {_shown(getattr(loss, f.name))}" for f in fields(loss) if f.init)
+                formula = equation(loss).replace("|", "\\|")
+                rows.append(
+                    f"| **`{loss.name}`**<br>{given} | `{formula}` | {paper(loss)} | {loss.horizon} | {reads(loss)} "
+                    f"| {gemms(loss)} | ![](losses/{loss.name}.svg) |"
+                )
+        blocks.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(blocks)
+
+
+def _shown(value: object) -> str:
+    return f"`{value}`".replace("'", "")
+
+
+def _call(loss: losses.Loss, logp: Tensor, given: dict[str, Tensor]) -> tuple[Stats, losses.Batch]:
+    labels = torch.zeros(logp.shape, dtype=torch.int64)
+    layout = Layout.of(labels, make_plan(labels))
+    batch = call_batch(layout, given, None, None, torch.float64)
+    flat = logp.reshape(-1).double()
+    stats = Stats(flat, torch.ones_like(flat), flat, flat, flat > -1, -torch.ones_like(flat))
+    return stats, batch
+
+
+def curves(loss: losses.Loss) -> tuple[list[float], list[float], list[float], str]:
+    """x, the push on chosen (desirable, A > 0) and on the others, and what x is."""
+    xs: list[float] = []
+    ups: list[float] = []
+    downs: list[float] = []
+    policy = "advantage" in loss.needs
+    grid = torch.linspace(0.05, 2.5, 99) if policy else torch.linspace(-1.0, 1.0, 81)
+    for point in grid.tolist():
+        if policy:
+            label, x = "r", point
+            logp = torch.full((2, 1), -1.0)
+            given = {"advantage": torch.tensor([1.0, -1.0])}
+            if "old_logp" in loss.needs:
+                given["old_logp"] = logp.double() - torch.tensor(point).double().log()
+        elif "desirable" in loss.needs:
+            label, x = "u", 40 * point
+            logp = torch.full((2, 1), x - 50)
+            given = {"ref_logp": torch.full((2,), -50.0), "desirable": torch.tensor([True, False])}
+            if "kl" in loss.needs:
+                given["kl"] = torch.tensor(0.0)
+        elif isinstance(loss, ReferenceLoss):
+            label, x = "h", 40 * point
+            logp = torch.tensor([[x / 2 - 50], [-x / 2 - 50]])
+            given = {"ref_logp": torch.full((2,), -50.0)}
+        else:
+            label, x = "a - d", 5 * point
+            logp, given = torch.tensor([[x / 2 - 3], [-x / 2 - 3]]), {}
+        stats, batch = _call(loss, logp, given)
+        c = coefficients(loss, stats, batch)[1].logp
+        assert c is not None
+        xs.append(x)
+        ups.append(-c[0].item())
+        downs.append(-c[1].item())
+    return xs, ups, downs, label
+
+
+def plot(loss: losses.Loss, path: Path) -> None:
+    """The coefficient, small."""
+    xs, ups, downs, label = curves(loss)
+    figure, axes = plt.subplots(figsize=(1.9, 1.2), layout="constrained")
+    axes.axhline(0, color="0.8", linewidth=0.6)
+    axes.plot(xs, ups, color="#1b6ca8", linewidth=1.2)
+    axes.plot(xs, downs, color="#c0392b", linewidth=1.2, linestyle="--")
+    axes.set_xlabel(label, fontsize=6, labelpad=1)
+    axes.tick_params(labelsize=5, length=2, pad=1)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    (DOCS / "losses.md").write_text(table())
+    folder = DOCS / "losses"
+    folder.mkdir(exist_ok=True)
+    matplotlib.rcParams.update({"svg.hashsalt": "fused_po", "svg.fonttype": "none"})
+    for name in losses.names():
+        plot(losses.create(name), folder / f"{name}.svg")
+    for path in folder.glob("*.svg"):
+        if path.stem not in losses.names():
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()
