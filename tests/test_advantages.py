@@ -175,20 +175,6 @@ def test_computes_in_float64_and_returns_the_dtype_without_gradient(name, dtype)
     assert torch.equal(got, ALL[name](a.double(), b.double(), mask).to(dtype))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ALL)
-def test_a_gpu_gives_the_same(name):
-    a, b, mask, _ = make([9, 4, 0, 7], 4)
-    calls = [((a, b, mask), {})]
-    if name in LAYOUTS:
-        flat = (a.ravel(), b.ravel(), mask.ravel())
-        calls += [(flat, {"cu_seqlens": torch.tensor([0, 11, 11, 30, 44], device=d)}) for d in ("cpu", "cuda")]
-    for inputs, options in calls:
-        got = ALL[name](*(t.cuda() for t in inputs), **options)
-        assert got.is_cuda
-        same(got.cpu(), ALL[name](*inputs, **{key: t.cpu() for key, t in options.items()}))
-
-
 def group_loop(rewards, groups, scale, eps=1e-4):
     """The advantage of GRPO in each scale and that of RLOO, from lists."""
     out = []
