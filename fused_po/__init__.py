@@ -9,13 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fused_po import advantages, losses
-    from fused_po.ops import LossOutput, Plan, linear_loss, linear_token_stats, make_plan, token_stats
+    from fused_po import advantages, losses, splits
+    from fused_po.ops import (
+        LossOutput,
+        Plan,
+        SplitGradients,
+        linear_loss,
+        linear_token_stats,
+        make_plan,
+        stats_loss,
+        token_stats,
+    )
+    from fused_po.splits import Split
     from fused_po.stats import Stats
 
 __all__ = [
     "LossOutput",
     "Plan",
+    "Split",
+    "SplitGradients",
     "Stats",
     "__version__",
     "advantages",
@@ -23,6 +35,8 @@ __all__ = [
     "linear_token_stats",
     "losses",
     "make_plan",
+    "splits",
+    "stats_loss",
     "token_stats",
 ]
 
@@ -32,12 +46,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "LossOutput": "fused_po.ops",
     "Plan": "fused_po.ops",
+    "Split": "fused_po.splits",
+    "SplitGradients": "fused_po.ops",
     "Stats": "fused_po.stats",
     "advantages": None,
     "linear_loss": "fused_po.ops",
     "linear_token_stats": "fused_po.ops",
     "losses": None,
     "make_plan": "fused_po.ops",
+    "splits": None,
+    "stats_loss": "fused_po.ops",
     "token_stats": "fused_po.ops",
 }
 

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "stats.py": {"torch"},
     "advantages.py": {"torch"},
     "losses": {"torch", "stats"},
+    "splits.py": {"torch", "losses"},
     "kernels": {"torch", "triton", "stats"},
-    "ops": {"torch", "stats", "kernels", "losses"},
+    "ops": {"torch", "stats", "kernels", "losses", "splits"},
     "trainers": {"torch", "transformers", "peft", "trl", "stats", "losses", "ops"},
 }
 

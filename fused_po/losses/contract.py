@@ -32,9 +32,13 @@ class Loss(ABC):
         needs: names of the statistics and side inputs that the value reads, detached reads included.
         reports: names of further statistics that the metrics read.
         differentiates: the statistics that gradients flow through.
+        sided: names of the terms that have sides; others (KL, NLL, entropy) have none.
+        weighs_sequences: the loss's own weight is one per sequence, not per token.
     """
 
     name: ClassVar[str]
+    sided: ClassVar[frozenset[str]] = frozenset({"preference", "policy"})
+    weighs_sequences: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -60,6 +64,23 @@ class Loss(ABC):
             stats: packed statistics (N,), those that ``needs`` names.
             batch: whole horizons.
         """
+
+    def role(self, batch: Batch) -> Tensor:
+        """The side of each token (N,): +1 to be learned, -1 to be unlearned, 0 neither (arXiv 2512.00778)."""
+        return torch.zeros_like(batch.chosen, dtype=torch.float64)
+
+    def weight(self, c: Tensor, batch: Batch) -> Tensor:
+        """The loss's own weight of each token (N,), >= 0 (arXiv 2512.00778: what reweighting changes).
+
+        Args:
+            c: (N,), the coefficients of the sided terms.
+        """
+        return c.abs()
+
+    @property
+    def parts(self) -> tuple[tuple[float, Loss], ...]:
+        """The losses that this one is a weighted sum of, each with sides of its own."""
+        return ((1.0, self),)
 
     def pattern(self, batch: Batch) -> Tensor | None:
         """(N,) with dL/dlogp = a scalar of the horizon times this, or None where there is no such thing.

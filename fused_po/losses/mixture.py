@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fused_po.losses.batch import Batch
@@ -19,16 +20,18 @@ class Mixture(Loss):
     """``sum_k weight_k loss_k`` on the same batch (MPO: Wang et al., arXiv 2411.10442), TRL's ``loss_type`` list.
 
     Args:
-        parts: losses.
+        losses: what is summed.
         weights: finite numbers, one for each.
     """
 
-    parts: tuple[Loss, ...]
+    losses: tuple[Loss, ...]
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.parts or len(self.parts) != len(self.weights):
-            raise ValueError(f"loss_weights must be one number per loss: got {len(self.weights)} for {len(self.parts)}")
+        if not self.losses or len(self.losses) != len(self.weights):
+            raise ValueError(
+                f"loss_weights must be one number per loss: got {len(self.weights)} for {len(self.losses)}"
+            )
         for weight in self.weights:
             if not math.isfinite(weight):
                 raise ValueError(f"loss_weights must be finite: got {weight}")
@@ -36,34 +39,49 @@ class Mixture(Loss):
     @property
     def name(self) -> str:  # type: ignore[override]
         """The names of the parts."""
-        return "+".join(part.name for part in self.parts)
+        return "+".join(part.name for part in self.losses)
+
+    @property
+    def parts(self) -> tuple[tuple[float, Loss], ...]:
+        return tuple(zip(self.weights, self.losses, strict=True))
 
     @property
     def horizon(self) -> str:
-        return max((part.horizon for part in self.parts), key=HORIZONS.index)
+        return max((part.horizon for part in self.losses), key=HORIZONS.index)
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(part.needs for part in self.parts))
+        return frozenset().union(*(part.needs for part in self.losses))
 
     @property
     def reports(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.reports))
+        return tuple(dict.fromkeys(name for part in self.losses for name in part.reports))
 
     @property
     def differentiates(self) -> tuple[str, ...]:
-        wanted = {name for part in self.parts for name in part.differentiates}
+        wanted = {name for part in self.losses for name in part.differentiates}
         return tuple(name for name in DIFFERENTIABLE if name in wanted)
+
+    @property
+    def weighs_sequences(self) -> bool:  # type: ignore[override]
+        return all(part.weighs_sequences for part in self.losses)
+
+    def role(self, batch: Batch) -> Tensor:
+        """The sides of the first part that has any."""
+        role = super().role(batch)
+        for part in self.losses:
+            role = torch.where(role == 0, part.role(batch), role)
+        return role
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         return {
             f"{index}/{part.name}/{term}": weight * value
-            for index, (part, weight) in enumerate(zip(self.parts, self.weights, strict=True))
+            for index, (weight, part) in enumerate(self.parts)
             for term, value in part(stats, batch).items()
         }
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for part in self.parts:
+        for part in self.losses:
             found = part.metrics(stats, batch) | found
         return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +78,19 @@ class PairLoss(Loss):
     def pair_weight(self, stats: Stats, batch: Batch) -> Tensor | None:
         """A detached weight of each pair, (P,)."""
         return None
+
+    @property
+    def length_normalised(self) -> bool:
+        """The score of an answer is a mean over its tokens."""
+        return False
+
+    def role(self, batch: Batch) -> Tensor:
+        return torch.where(batch.chosen, 1.0, -1.0).double()
+
+    def weight(self, c: Tensor, batch: Batch) -> Tensor:
+        """|dL/d(beta score)| of the pair: sigmoid(-beta h) for DPO."""
+        scale = batch.num_pairs / (self.beta or 1.0)
+        return c.abs() * scale * (batch.token_lengths if self.length_normalised else 1.0)
 
 
 @dataclass(frozen=True)
@@ -165,9 +177,6 @@ class MarginLoss(ReferenceLoss):
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
 
-    # divides scores by the lengths of the answers
-    length_normalised: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(self, "f_divergence_type", DIVERGENCES)
@@ -227,7 +236,9 @@ class SigmoidNorm(MarginLoss):
     """DPO on length-normalised log-ratios: ``-log sigmoid(beta (u / len+ - v / len-))`` (Lambert et al., Tulu 3, arXiv
     2411.15124)."""
 
-    length_normalised: ClassVar[bool] = True
+    @property
+    def length_normalised(self) -> bool:
+        return True
 
     def of_margin(self, margin: Tensor) -> Tensor:
         return sigmoid_loss(self.beta * margin)
@@ -303,7 +314,9 @@ class Ipo(MarginLoss):
         beta: 0.1, > 0; the target margin is 1 / (2 beta).
     """
 
-    length_normalised: ClassVar[bool] = True
+    @property
+    def length_normalised(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,6 +69,7 @@ class PolicyLoss(Loss):
     top_entropy_quantile: float = 1.0
     off_policy_mask_threshold: float | None = None
 
+    weighs_sequences: ClassVar[bool] = False
     # side inputs that multiply the surrogate
     multipliers: ClassVar[tuple[str, ...]] = ("importance_weight", "row_weight")
 
@@ -109,6 +110,13 @@ class PolicyLoss(Loss):
     @property
     def differentiates(self) -> tuple[str, ...]:
         return ("logp", "entropy") if self.entropy_coef != 0.0 else ("logp",)
+
+    def role(self, batch: Batch) -> Tensor:
+        return advantages(batch).sign()
+
+    def weight(self, c: Tensor, batch: Batch) -> Tensor:
+        """|A|."""
+        return advantages(batch).abs()
 
     @abstractmethod
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:

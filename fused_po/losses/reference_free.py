@@ -75,7 +75,7 @@ class Cpo(PairLoss):
         return frozenset({"logp"})
 
     @property
-    def _length_normalised(self) -> bool:
+    def length_normalised(self) -> bool:
         return self.loss_type in ("ipo", "simpo")
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Cpo(PairLoss):
     def logps(self, stats: Stats, batch: Batch) -> Tensor:
         """Summed or mean log-probs, (B,)."""
         logp = policy_logp(stats)
-        return batch.mean_per_sequence(logp) if self._length_normalised else batch.sum_per_sequence(logp)
+        return batch.mean_per_sequence(logp) if self.length_normalised else batch.sum_per_sequence(logp)
 
     def scores(self, stats: Stats, batch: Batch) -> Tensor:
         logps = bounded(self.logps(stats, batch), HUGE)
@@ -106,7 +106,7 @@ class Cpo(PairLoss):
         if self.alpha != 0.0 or self.cpo_alpha != 0.0:
             return None
         signs = torch.where(batch.chosen, 1.0, -1.0)
-        return signs / batch.token_lengths.clamp_min(1) if self._length_normalised else signs
+        return signs / batch.token_lengths.clamp_min(1) if self.length_normalised else signs
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         found = pair_metrics(self.beta * self.scores(stats, batch), self.logps(stats, batch), batch)
@@ -168,6 +168,10 @@ class Orpo(PairLoss):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"logp", "nll_mask"})
+
+    @property
+    def length_normalised(self) -> bool:
+        return True
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         return {"nll": chosen_nll(stats, batch)} | super().__call__(stats, batch)

@@ -24,10 +24,10 @@ class ReinforceLoss(Aggregated, PolicyLoss):
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         logp = policy_logp(stats)
-        return reinforce(self.weight(logp, batch), logp, batch)
+        return reinforce(self.ratio_weight(logp, batch), logp, batch)
 
     @abstractmethod
-    def weight(self, logp: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         """w per token, (N,)."""
 
 
@@ -39,7 +39,7 @@ class OnPolicyLoss(ReinforceLoss):
     def needs(self) -> frozenset[str]:
         return super().needs - {"old_logp"}
 
-    def weight(self, logp: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         return torch.ones_like(logp)
 
 
@@ -68,9 +68,15 @@ class AsymRE(OnPolicyLoss):
         super().__post_init__()
         require_range(self, "delta_v", -math.inf, math.inf, open_low=True, open_high=True)
 
+    def role(self, batch: Batch) -> Tensor:
+        return (advantages(batch) - self.delta_v).sign()
+
+    def weight(self, c: Tensor, batch: Batch) -> Tensor:
+        return (advantages(batch) - self.delta_v).abs()
+
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         logp = policy_logp(stats)
-        return reinforce(self.weight(logp, batch), logp, batch, shift=self.delta_v)
+        return reinforce(self.ratio_weight(logp, batch), logp, batch, shift=self.delta_v)
 
 
 @register("w_reinforce")
@@ -94,7 +100,7 @@ class WReinforce(OnPolicyLoss):
         for name in ("positive", "negative"):
             require_range(self, name, 0.0, math.inf)
 
-    def weight(self, logp: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         advantage = advantages(batch)
         size = torch.where(advantage > 0, self.positive, self.negative)
         return torch.where(advantage == 0, 0.0, size / advantage.abs())
@@ -133,7 +139,7 @@ class Topr(ReinforceLoss):
     def own_horizon(self) -> str:
         return "sequence"
 
-    def weight(self, logp: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         log_weight = batch.sum_per_sequence(difference(logp, old_logp(logp, batch)))  # (B,)
         return torch.where(advantages(batch) >= 0, 1.0, batch.spread(log_weight.clamp(max=0.0).exp()))
 
@@ -144,10 +150,10 @@ class RatioLoss(Aggregated, ClippedLoss):
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         logp = policy_logp(stats)
-        return reinforce(self.weight(self.ratio(logp, batch), batch), logp, batch)
+        return reinforce(self.ratio_weight(self.ratio(logp, batch), batch), logp, batch)
 
     @abstractmethod
-    def weight(self, ratio: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, ratio: Tensor, batch: Batch) -> Tensor:
         """w per token, (N,)."""
 
 
@@ -160,7 +166,7 @@ class CispoVerl(RatioLoss):
     TRL's ``cispo`` clips above only, at ``epsilon_high`` itself.
     """
 
-    def weight(self, ratio: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, ratio: Tensor, batch: Batch) -> Tensor:
         return ratio.clamp(*self.bounds)
 
 
@@ -183,7 +189,7 @@ class Aspo(RatioLoss):
         super().__post_init__()
         require_range(self, "dual_clip", 1.0, math.inf, open_low=True)
 
-    def weight(self, ratio: Tensor, batch: Batch) -> Tensor:
+    def ratio_weight(self, ratio: Tensor, batch: Batch) -> Tensor:
         low, high = self.bounds
         advantage = advantages(batch)
         off = torch.where(advantage > 0, ratio > high, ratio < low)

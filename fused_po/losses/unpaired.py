@@ -73,6 +73,13 @@ class UnpairedLoss(Loss):
         )
         return {"preference": batch.mean_sequences(value)}
 
+    def role(self, batch: Batch) -> Tensor:
+        return batch.spread(torch.where(_desirable(batch), 1.0, -1.0).double())
+
+    def weight(self, c: Tensor, batch: Batch) -> Tensor:
+        """|dL/d(reward)| of the answer."""
+        return c.abs() * batch.num_sequences / (self.beta or 1.0)
+
     def pattern(self, batch: Batch) -> Tensor | None:
         return torch.ones_like(batch.chosen, dtype=torch.float32)
 

@@ -2,45 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import Batch, Loss, total
+from fused_po.splits import Split
 from fused_po.stats import Stats
 
-__all__ = ["coefficients"]
+__all__ = ["coefficients", "sided_coefficients"]
 
 
-def coefficients(loss: Loss, stats: Stats, batch: Batch) -> tuple[Tensor, Coefficients]:
+def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = None) -> tuple[Tensor, Coefficients]:
     """A loss's value and (c, e, l) = dL/d(logp, entropy, lse), DESIGN: "a preference loss is a set of coefficients".
 
     Args:
         loss: any loss.
         stats: packed statistics (N,).
         batch: the same tokens, whole horizons.
+        split: scales the coefficients of the terms that have sides; the value stays that of the loss.
 
     Returns:
         the value, (), in float64, and the coefficients, (N,) each in the dtype of the statistics, None where the loss
         does not differentiate that statistic. Rows that carry no loss have coefficient 0.
     """
+    if split is None:
+        value, found = _derivatives(lambda terms: terms, loss, stats, batch)
+        return value, Coefficients(**found)
+    assert stats.logp is not None
+    value = stats.logp.new_zeros((), dtype=torch.float64)
+    summed: dict[str, Tensor] = {}
+    for factor, part in loss.parts:
+        rest_value, rest = _derivatives(partial(_terms, part.sided, False), part, stats, batch)
+        sided_value, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
+        c = sided["logp"].double()
+        sided["logp"] = split(c, part.role(batch), part.weight(c, batch), batch, part).to(c.dtype)
+        value = value + factor * (rest_value + sided_value)
+        for name in sided:
+            summed[name] = summed.get(name, 0.0) + factor * (sided[name] + rest[name])
+    return value, Coefficients(**{name: c.to(stats.logp.dtype) for name, c in summed.items()})
+
+
+def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
+    """dL/dlogp (N,) float64 of the terms that have sides, before any split."""
+    found = torch.zeros_like(batch.token_lengths, dtype=torch.float64)
+    for factor, part in loss.parts:
+        _, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
+        found = found + factor * sided["logp"].double()
+    return found
+
+
+def _terms(sided: frozenset[str], wanted: bool, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: term for name, term in terms.items() if (name in sided) == wanted}
+
+
+def _derivatives(
+    select: Callable[[dict[str, Tensor]], dict[str, Tensor]], loss: Loss, stats: Stats, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the selected terms, and its derivatives in the statistics that the loss differentiates."""
 
     def value(inputs: dict[str, Tensor]) -> Tensor:
-        return total(loss(replace(stats, **inputs), batch))
+        terms = select(loss(replace(stats, **inputs), batch))
+        # no term: zero, and connected to the inputs
+        return total(terms or {name: 0.0 * field.double().sum() for name, field in inputs.items()})
 
     inputs = {name: getattr(stats, name) for name in loss.differentiates}
     if torch.compiler.is_compiling():
         # traces inside an autograd.Function, which torch.autograd.grad does not
         gradients, result = torch.func.grad_and_value(value)(inputs)
-        return result, Coefficients(**gradients)
+        return result, gradients
     # the caller may offload or checkpoint saved tensors: not these, and torch.func refuses such hooks
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
         result = value(leaves)
         found = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)
-    return result.detach(), Coefficients(**dict(zip(leaves, found, strict=True)))
+    return result.detach(), dict(zip(leaves, found, strict=True))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -44,16 +44,37 @@ class Gradients:
 
     Attributes:
         hidden: (positions, H) in ``storage_dtype``.
-        weight: (V, H) in the accumulation dtype.
-        bias: (V,) likewise.
+        weights: one (V, H) per part in the accumulation dtype, whose sum is dW; none where dW is not wanted.
+        biases: one (V,) per part likewise.
     """
 
-    def __init__(self, wanted: Wanted, hidden: Tensor, head: Head) -> None:
+    def __init__(self, wanted: Wanted, hidden: Tensor, head: Head, parts: int = 1) -> None:
         wide, weight = head.accumulation_dtype, head.weight
+        self.parts = parts
         self.hidden = hidden.new_zeros(hidden.shape, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
-        self.weight = weight.new_zeros(weight.shape, dtype=wide) if wanted.weight else None
-        self.bias = weight.new_zeros(head.vocab_size, dtype=wide) if wanted.bias else None
+        self.weights = [weight.new_zeros(weight.shape, dtype=wide) for _ in range(parts if wanted.weight else 0)]
+        self.biases = [weight.new_zeros(head.vocab_size, dtype=wide) for _ in range(parts if wanted.bias else 0)]
         self._scale = weight.new_zeros((), dtype=wide) if head.compute_dtype == torch.float16 else None
+
+    def add_head(
+        self, head: Head, tile: Tensor, rows: Tensor | None, scalar: Tensor | None, groups: Tensor | None
+    ) -> None:
+        """GEMM 3 of a gradient tile (R, V), each row into its part.
+
+        Args:
+            rows: (R, H), hidden states times the coefficient that is not in the tile; None where dW is not wanted.
+            scalar: (R,), that coefficient; None: all 1.
+            groups: (R,) int64, the part of each row; None: all in the first.
+        """
+        for part in range(self.parts):
+            own = slice(None) if groups is None else (groups == part).nonzero().squeeze(1)
+            mine = tile if isinstance(own, slice) else tile.index_select(0, own)
+            if not mine.shape[0]:
+                continue
+            if self.weights and rows is not None:
+                head.add_weight_grad(self.weights[part], mine, rows[own])
+            if self.biases:
+                head.add_bias_grad(self.biases[part], mine, None if scalar is None else scalar[own])
 
     def normalised(self, coefficients: Coefficients) -> Coefficients:
         """The coefficients (R,) over the scale, which first grows to hold them."""
@@ -64,9 +85,8 @@ class Gradients:
         power = torch.exp2(torch.log2(top).ceil())
         grown = torch.where(power.isfinite(), power, self._scale).maximum(self._scale)
         safe = torch.where(grown > 0, grown, 1.0)
-        for grad in (self.weight, self.bias):
-            if grad is not None:
-                grad.mul_(self._scale / safe)
+        for grad in (*self.weights, *self.biases):
+            grad.mul_(self._scale / safe)
         self._scale = grown
         return Coefficients(*(None if c is None else c / safe for c in coefficients))
 
@@ -75,8 +95,17 @@ class Gradients:
         return product if self._scale is None else product.mul_(self._scale)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dH, dW, db."""
-        for grad in (self.weight, self.bias):
-            if grad is not None and self._scale is not None:
+        """dH, dW, db. With several parts the sums are new memory and the parts stay as they are."""
+        if self._scale is not None:
+            for grad in (*self.weights, *self.biases):
                 grad.mul_(self._scale)
-        return self.hidden, self.weight, self.bias
+        return self.hidden, _sum(self.weights), _sum(self.biases)
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total

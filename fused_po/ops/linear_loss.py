@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,32 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import HORIZONS, Batch, Loss
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
+from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
 from fused_po.ops.planning import Chunk, Plan, Rows, cut, steps
 from fused_po.ops.sweep import Budget, Sweep, Workspace
+from fused_po.splits import Split
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["LossOutput", "linear_loss"]
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What ``linear_loss`` returns.
-
-    Attributes:
-        loss: (), float32 (float64 for float64); call ``.backward()`` on it, once.
-        metrics: detached scalars, named as TRL names them.
-        stats: detached, in the shape of labels, those statistics that the loss reads; 0 where ignored.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    stats: Stats
+__all__ = ["linear_loss"]
 
 
 def linear_loss(
@@ -52,6 +38,8 @@ def linear_loss(
     cu_seqlens: Tensor | None = None,
     num_items: Number | None = None,
     num_sequences: Number | None = None,
+    split: Split | None = None,
+    split_gradients: bool | str = False,
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
     vocab_size: int | None = None,
@@ -79,6 +67,13 @@ def linear_loss(
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
             call.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
+        split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``); the reported
+            loss is not changed by it, its gradient is.
+        split_gradients: True also returns the gradients of the positive and the negative part (``.split_gradients``),
+            of the rows on each side and all that the loss makes of them; ``"thirds"`` those of the top, middle and
+            bottom third by the loss's own weight, which makes the batch the horizon. No further FLOP: the parts share
+            the rows. It costs a dW for each part and a copy of dH, outside ``scratch_bytes``, and waits for each tile
+            once.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
@@ -117,14 +112,16 @@ def linear_loss(
         _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype
     batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
-    value, *packed = _LinearLoss.apply(
-        ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures, call, loss, batch
-    )
+    names = part_names(split_gradients)
+    kept: dict[str, Tensor] = {}
+    tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
+    value, *packed = _LinearLoss.apply(*tensors, call, loss, split, names, kept, batch)
     stats = Stats(**dict(zip(loss.statistics, packed, strict=True)))
     with torch.no_grad():
         metrics = loss.metrics(masked_stats(stats, layout.mask), batch)
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
-    return LossOutput(value, metrics, shaped)
+    parts = SplitGradients.of(names, kept, layout, hidden.shape) if names else None
+    return LossOutput(value, metrics, shaped, parts)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -138,13 +135,19 @@ class _LinearLoss(torch.autograd.Function):
         temperatures: Tensor | None,
         call: HeadCall,
         loss: Loss,
+        split: Split | None,
+        names: tuple[str, ...],
+        kept: dict[str, Tensor],
         batch: Batch,
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _Run(call, call.head(weight, bias), loss, hidden, labels, temperatures)
+            run = _Run(call, call.head(weight, bias), loss, split, names, hidden, labels, temperatures)
             value, factor, stats = run(batch)
-            ctx.save_for_backward(factor, *run.gradients.finish())
+            gradients = run.gradients.finish()
+            if names:
+                run.keep_parts(kept)
+            ctx.save_for_backward(factor, *gradients)
         packed = tuple(stats[name] for name in loss.statistics)
         ctx.mark_non_differentiable(*packed)
         return value.to(run.head.accumulation_dtype), *packed
@@ -156,26 +159,39 @@ class _LinearLoss(torch.autograd.Function):
         factor, *gradients = ctx.saved_tensors
         scale = grad_output * factor
         found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (*found, *[None] * 5)
+        return (*found, *[None] * 8)
 
 
 class _Run:
     """The loop over chunks of whole horizons."""
 
     def __init__(
-        self, call: HeadCall, head: Head, loss: Loss, hidden: Tensor, labels: Tensor, temperatures: Tensor | None
+        self,
+        call: HeadCall,
+        head: Head,
+        loss: Loss,
+        split: Split | None,
+        names: tuple[str, ...],
+        hidden: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
     ) -> None:
-        self.call, self.head, self.loss = call, head, loss
+        self.call, self.head, self.loss, self.split, self.names = call, head, loss, split, names
         self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
         self.unscaled = loss.differentiates == ("logp",)
-        self.budget = Budget.of(call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted)
+        self.budget = Budget.of(
+            call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted, copies=bool(names)
+        )
         self.outputs = tuple(dict.fromkeys((*loss.statistics, "logp")))
-        self.gradients = Gradients(call.wanted, hidden, head)
+        self.gradients = Gradients(call.wanted, hidden, head, max(1, len(names)))
+        self.groups: list[tuple[Rows, Tensor]] = []
         self.workspace = Workspace(head)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The value (), the factor () that gradients still lack, and the statistics in planned order."""
-        chunks = cut(self.call.plan, self.loss.horizon, self.budget.whole)
+        horizon = self.loss.horizon if self.split is None else self.split.horizon(self.loss)
+        horizon = HORIZONS[-1] if self.names == THIRDS else horizon
+        chunks = cut(self.call.plan, horizon, self.budget.whole)
         wide = self.head.accumulation_dtype
         value = self.hidden.new_zeros((), dtype=torch.float64)
         factor = self.hidden.new_ones((), dtype=wide)
@@ -193,7 +209,8 @@ class _Run:
 
     def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
         """The pattern of the coefficients, where their scalar must be waited for: one horizon that does not fit."""
-        alone = len(chunks) == 1 and chunks[0].rows.count > self.budget.whole
+        # a split scales the sides apart
+        alone = len(chunks) == 1 and chunks[0].rows.count > self.budget.whole and not (self.split or self.names)
         return self.loss.pattern(batch) if alone and self.unscaled and self.call.wanted.head else None
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
@@ -202,9 +219,13 @@ class _Run:
             home = self.workspace.get("home", chunk.rows.count, self.hidden.shape[1], self.head.accumulation_dtype)
         sweep = self._sweep(chunk.rows, home)
         stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
-        value, triple = coefficients(self.loss, stats, batch)
+        value, triple = coefficients(self.loss, stats, batch, self.split)
+        groups = None
+        if self.names:
+            groups = parts_of(self.names, self.loss, stats, batch)
+            self.groups.append((chunk.rows, groups))
         if self.call.wanted.any:
-            sweep.backward(triple, self.gradients)
+            sweep.backward(triple, self.gradients, groups)
         return value, stats
 
     def _deferred(self, chunk: Chunk, batch: Batch, pattern: Tensor) -> tuple[Tensor, Stats, Tensor]:
@@ -218,11 +239,23 @@ class _Run:
             parts.append((Rows(((first, last),), None), stats))
         whole = Stats(**{name: self._collect(name, parts) for name in STATISTICS if name in self.outputs})
         whole = masked_stats(whole, batch.mask)
-        value, triple = coefficients(self.loss, whole, batch)
+        value, triple = coefficients(self.loss, whole, batch, self.split)
         assert triple.logp is not None
         # c = scalar * pattern: least squares gives the scalar back without looking for a non-zero entry
         scalar = (triple.logp.double() * pattern).sum() / pattern.double().square().sum()
         return value, whole, scalar.to(self.head.accumulation_dtype)
+
+    def keep_parts(self, kept: dict[str, Tensor]) -> None:
+        """What ``SplitGradients`` is made of: the part of each row, a copy of dH, and dW and db of each part."""
+        count = sum(rows.count for rows, _ in self.groups)
+        found = self.labels.new_zeros(count)
+        for rows, groups in self.groups:
+            Rows(rows.ranges, None).scatter(found, groups)
+        kept["groups"] = found
+        if self.gradients.hidden is not None:
+            kept["hidden"] = self.gradients.hidden.clone()
+        for name, grads in (("weight", self.gradients.weights), ("bias", self.gradients.biases)):
+            kept |= {f"{name}/{part}": grad for part, grad in zip(self.names, grads, strict=False)}
 
     def _sweep(self, rows: Rows, home: Tensor | None) -> Sweep:
         temperatures = None if self.temperatures is None else rows.take(self.temperatures)

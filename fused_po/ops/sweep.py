@@ -46,14 +46,14 @@ class Budget:
     tile: int
 
     @staticmethod
-    def of(scratch_bytes: int, head: Head, *, unscaled: bool, wanted: Wanted) -> Budget:
-        """Split a budget; one under a row is raised to one row."""
+    def of(scratch_bytes: int, head: Head, *, unscaled: bool, wanted: Wanted, copies: bool = False) -> Budget:
+        """Divide a budget; one under a row is raised to one row. With ``copies`` each tile in flight has a second."""
         vocab, width = head.weight.shape
         wide, narrow = head.accumulation_dtype.itemsize, head.compute_dtype.itemsize
         # a row on its way through GEMM 2 and 3: its hidden state and product, wide, and both as operands
         extra = 2 * width * (wide + narrow)
         # logits, and the gradient tile where that is a buffer of its own
-        flight = vocab * (wide if wide == narrow else wide + narrow) + extra
+        flight = vocab * ((wide if wide == narrow else wide + narrow) + (narrow if copies else 0)) + extra
         tile = max(1, min(scratch_bytes // 4 // flight, MAX_TILE_ROWS))
         beside = max(0, scratch_bytes - tile * flight)
         if not wanted.head:
@@ -63,7 +63,8 @@ class Budget:
         row = vocab * (narrow if unscaled else wide) + extra
         if wide == narrow:
             # the kept tile is the one in flight
-            return Budget(max(1, scratch_bytes // row), beside // row, tile)
+            copied = tile * vocab * narrow if copies else 0
+            return Budget(max(1, (scratch_bytes - copied) // row), beside // row, tile)
         return Budget(beside // row, beside // row, tile)
 
 
@@ -161,18 +162,21 @@ class Sweep:
         stats, self.anchors = finish(merged, self.labels, head.vocab_size, outputs)
         return stats
 
-    def backward(self, coefficients: Coefficients, gradients: Gradients) -> None:
-        """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows."""
+    def backward(self, coefficients: Coefficients, gradients: Gradients, groups: Tensor | None = None) -> None:
+        """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows; ``groups`` (R,) names the
+        part that each row belongs to.
+        """
         if self.eager:
             self._scale_products(coefficients, gradients)
             return
         coefficients = gradients.normalised(coefficients)
-        for first, last in self._steps(0, self.kept_rows):
+        # rows of a part are copied out of their tile
+        for first, last in self._steps(0, self.kept_rows, copies=groups is not None):
             assert self.kept is not None
             tile = self.kept[first:last]
             if not self.unscaled:
                 tile = self._grad(tile, first, last, coefficients)
-            self._add(tile, first, last, coefficients, gradients)
+            self._add(tile, first, last, coefficients, gradients, groups)
         for first, last in self._steps(self.kept_rows, self.rows.count):
             logits = self._logits_buffer(last - first)
             self.head.logits_into(logits, self._hidden(first, last))
@@ -181,9 +185,17 @@ class Sweep:
                 self._softmax(logits, first, last, ("logp",), None if tile is logits else tile)
             else:
                 tile = self._grad(logits, first, last, coefficients)
-            self._add(tile, first, last, coefficients, gradients)
+            self._add(tile, first, last, coefficients, gradients, groups)
 
-    def _add(self, tile: Tensor, first: int, last: int, coefficients: Coefficients, gradients: Gradients) -> None:
+    def _add(
+        self,
+        tile: Tensor,
+        first: int,
+        last: int,
+        coefficients: Coefficients,
+        gradients: Gradients,
+        groups: Tensor | None,
+    ) -> None:
         """GEMM 2 and 3 of a gradient tile (R, V)."""
         head, part = self.head, self.rows.part(first, last)
         scalar = coefficients.logp[first:last] if self.unscaled and coefficients.logp is not None else None  # (R,)
@@ -192,13 +204,10 @@ class Sweep:
             if scalar is not None:
                 product.mul_(scalar.unsqueeze(1))
             part.scatter(gradients.hidden, gradients.restored(product))
-        if gradients.weight is not None:
-            rows = part.gather(self.hidden)
-            if scalar is not None:
-                rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
-            head.add_weight_grad(gradients.weight, tile, rows)
-        if gradients.bias is not None:
-            head.add_bias_grad(gradients.bias, tile, scalar)
+        rows = part.gather(self.hidden) if gradients.weights else None
+        if rows is not None and scalar is not None:
+            rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
+        gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last])
 
     def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
         assert coefficients.logp is not None and gradients.hidden is not None
@@ -227,9 +236,9 @@ class Sweep:
         library.row_grad(logits, labels, transform, head.span, anchors, triple, out, head.backend)
         return tile
 
-    def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Row ranges at a time: kept tiles in place need no buffer in flight and go at once."""
-        whole = self.in_place and last <= self.kept_rows
+    def _steps(self, first: int, last: int, copies: bool = False) -> Iterator[tuple[int, int]]:
+        """Row ranges at a time: kept tiles in place need no buffer in flight and go at once, unless they are copied."""
+        whole = self.in_place and last <= self.kept_rows and not copies
         step = max(1, last - first) if whole else self.budget.tile
         return steps(first, last, step)
 

@@ -1,0 +1,122 @@
+"""What a loss returns: its value, metrics and statistics, and the gradients of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_po.losses.contract import Batch, Loss
+from fused_po.ops.batches import Layout
+from fused_po.ops.coefficients import sided_coefficients
+from fused_po.splits import tertiles
+from fused_po.stats import Stats
+
+__all__ = ["SIDES", "THIRDS", "LossOutput", "SplitGradients", "part_names", "parts_of"]
+
+SIDES = ("positive", "negative", "rest")
+THIRDS = ("top", "middle", "bottom", "rest")
+
+
+@dataclass(frozen=True)
+class SplitGradients:
+    """Gradients of the parts of a loss; the parts share out the rows, so each kind sums to the whole.
+
+    Attributes:
+        names: ``positive``, ``negative`` and ``rest`` (tokens without a side), or ``top``, ``middle``, ``bottom`` and
+            ``rest``.
+        hidden: dH of each part, in the shape of the hidden states, 0 outside the part; empty if not wanted.
+        weight: dW (V, H) of each part; empty for a frozen head.
+        bias: db (V,) of each part.
+    """
+
+    names: tuple[str, ...]
+    hidden: Mapping[str, Tensor]
+    weight: Mapping[str, Tensor]
+    bias: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(names: tuple[str, ...], kept: dict[str, Tensor], layout: Layout, shape: torch.Size) -> SplitGradients:
+        """From what a call kept; nothing is kept without gradients."""
+        hidden: dict[str, Tensor] = {}
+        if "hidden" in kept:
+            groups = kept["groups"].new_full((layout.labels.numel(),), -1)
+            layout.rows.scatter(groups, kept["groups"])
+            for index, name in enumerate(names):
+                own = (groups == index).unsqueeze(1)
+                hidden[name] = torch.where(own, kept["hidden"], 0.0).reshape(shape)
+        head = {
+            kind: {name: kept[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in kept}
+            for kind in ("weight", "bias")
+        }
+        return SplitGradients(names, hidden, **head)
+
+    def norms(self) -> dict[str, dict[str, Tensor]]:
+        """The norm of the gradient of each part: by ``hidden``, ``weight`` and ``bias``, those that there are."""
+        return {kind: {name: grad.double().norm() for name, grad in parts.items()} for kind, parts in self._kinds()}
+
+    def inner(self, first: str = "positive", second: str = "negative") -> dict[str, Tensor]:
+        """The inner product of two parts, by kind; 0 for ``hidden``, where parts do not overlap."""
+        return {kind: (parts[first].double() * parts[second].double()).sum() for kind, parts in self._kinds()}
+
+    def cosine(self, first: str = "positive", second: str = "negative") -> dict[str, Tensor]:
+        """How far two parts offset each other: -1 entirely, by kind; NaN where a part is 0."""
+        norms, inner = self.norms(), self.inner(first, second)
+        return {kind: inner[kind] / (norms[kind][first] * norms[kind][second]) for kind in inner}
+
+    def _kinds(self) -> list[tuple[str, Mapping[str, Tensor]]]:
+        return [(kind, getattr(self, kind)) for kind in ("hidden", "weight", "bias") if getattr(self, kind)]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What ``linear_loss`` and ``stats_loss`` return.
+
+    Attributes:
+        loss: (), float32 (float64 for float64); call ``.backward()`` on it, once.
+        metrics: detached scalars, named as TRL names them.
+        stats: detached, in the shape of labels, those statistics that the loss and its metrics read; 0 where ignored.
+        split_gradients: gradients of the parts, where they were asked for; those of the loss itself, whatever
+            ``backward`` is called with.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    stats: Stats
+    split_gradients: SplitGradients | None = None
+
+
+def part_names(split_gradients: bool | str) -> tuple[str, ...]:
+    """The parts that were asked for.
+
+    Raises:
+        ValueError: asked for while tracing, where the size of a part is not known; or neither a bool nor ``"sides"``
+        nor ``"thirds"``.
+    """
+    if split_gradients is False:
+        return ()
+    if torch.compiler.is_compiling():
+        raise ValueError("split_gradients can't be traced by torch.compile: the size of a part follows from the data")
+    if split_gradients is True or split_gradients == "sides":
+        return SIDES
+    if split_gradients == "thirds":
+        return THIRDS
+    raise ValueError(f'split_gradients must be True, False, "sides" or "thirds": got {split_gradients!r}')
+
+
+def parts_of(names: tuple[str, ...], loss: Loss, stats: Stats, batch: Batch) -> Tensor:
+    """The part of each row, an index into ``names``: (N,) int64. Thirds are those of answers or tokens with a side."""
+    role = loss.role(batch)
+    rest = len(names) - 1
+    if names == SIDES:
+        return torch.where(role > 0, 0, torch.where(role < 0, 1, rest))
+    weight = loss.weight(sided_coefficients(loss, stats, batch), batch)
+    # those without a side make a group of their own
+    if loss.weighs_sequences:
+        sideless = (batch.sum_per_sequence(role != 0) == 0).long()
+        thirds = batch.spread(tertiles(batch.mean_per_sequence(weight), sideless))
+    else:
+        thirds = tertiles(weight, ((role == 0) | ~batch.loss_tokens()).long())
+    return torch.where(role != 0, 2 - thirds, rest)

@@ -1,0 +1,299 @@
+"""The components of preference optimization as operations on coefficients: positive learning, negative learning and
+loss reweighting, each scaled, scheduled or taken away.
+
+"What Is Preference Optimization Doing, How and Why?" (arXiv 2512.00778) takes DPO and PPO apart like this; here it
+works for every loss, because a loss is its coefficients c = dL/dlogp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_po.losses.batch import Batch
+from fused_po.losses.contract import HORIZONS, Loss
+
+__all__ = [
+    "Linear",
+    "Split",
+    "controlled_dpo",
+    "controlled_ppo",
+    "negative_only",
+    "no_reweighting",
+    "nsr",
+    "positive_only",
+    "psr",
+    "w_reinforce",
+]
+
+Schedule = Callable[[float], float]
+REWEIGHTS = ("identity", "none", "clip", "power", "tertiles")
+# what needs the mean weight of the population, or its thirds
+OF_POPULATION = ("none", "tertiles")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A schedule: from ``start`` at the beginning of training to ``end``, in a straight line.
+
+    Args:
+        start, end: values.
+        begin, finish: where the line begins and ends, fractions of the training with 0 <= begin < finish <= 1.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    finish: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.begin < self.finish <= 1.0:
+            raise ValueError(f"a schedule runs within [0, 1]: got begin {self.begin}, finish {self.finish}")
+
+    def __call__(self, progress: float) -> float:
+        share = min(max((progress - self.begin) / (self.finish - self.begin), 0.0), 1.0)
+        return self.start + (self.end - self.start) * share
+
+
+@dataclass(frozen=True)
+class Split:
+    """Scales the coefficients of a loss by side: ``c <- c s f(w) / w`` with s = ``positive`` or ``negative`` and w the
+    loss's own weight (arXiv 2512.00778: sigmoid(-beta h) for DPO, |A| for PPO).
+
+    Terms without a side (KL, NLL, entropy) stay as they are, and so does the reported value of the loss: only the
+    gradient changes. It costs O(N).
+
+    Args:
+        positive: weight of positive learning, a number or a schedule of the fraction of the training, 1.0.
+        negative: weight of negative learning, likewise.
+        reweight: f: ``identity``; ``none``, the mean weight of the population; ``clip``, min(w, ``clip_max``);
+            ``power``, w^``power``; ``tertiles``, w times ``tertile_gains`` of its third; or a function from weights (M,)
+            to weights (M,).
+        by: ``role``: the paper's sides, chosen and rejected answers, or the sign of the advantage. ``direction``: the
+            sign of c itself; they differ where a loss pulls a chosen answer down (SPPO beyond its target).
+        population: over what the mean and the thirds are taken: ``horizon``, each horizon of the loss for itself (a
+            pair of DPO or a token of PPO: too small to change anything); ``batch``, which makes the batch the horizon;
+            or ``running``, given as ``running_mean`` and ``running_tertiles``. Samples are answers where the loss
+            weighs answers, else tokens.
+        clip_max: bound of ``clip``.
+        power: exponent of ``power``.
+        tertile_gains: gains of the third with the largest weights, the middle and the smallest.
+        running_mean, running_tertiles: the mean weight, and the bounds of the middle third.
+        progress: the fraction of the training that is done, in [0, 1]; see ``at``.
+        allow_negative: False: a weight below 0 is an error, since it turns learning around.
+
+    Raises:
+        ValueError: a number out of range, an unknown word, or a statistic that is missing.
+    """
+
+    positive: float | Schedule = 1.0
+    negative: float | Schedule = 1.0
+    reweight: str | Callable[[Tensor], Tensor] = "identity"
+    by: str = "role"
+    population: str = "horizon"
+    clip_max: float = 1.0
+    power: float = 1.0
+    tertile_gains: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    running_mean: float | None = None
+    running_tertiles: tuple[float, float] | None = None
+    progress: float = 0.0
+    allow_negative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.progress <= 1.0:
+            raise ValueError(f"progress must lie in [0, 1], the fraction of the training: got {self.progress}")
+        for name, choices in (("by", ("role", "direction")), ("population", ("batch", "horizon", "running"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if isinstance(self.reweight, str) and self.reweight not in REWEIGHTS:
+            raise ValueError(f"reweight must be a function or one of {', '.join(REWEIGHTS)}, got {self.reweight!r}")
+        if not self.clip_max > 0 or not self.power >= 0:
+            raise ValueError(f"clip_max must be above 0 and power at least 0: got {self.clip_max} and {self.power}")
+        if self.population == "running" and self.reweight in OF_POPULATION:
+            needed = "running_tertiles" if self.reweight == "tertiles" else "running_mean"
+            if getattr(self, needed) is None:
+                raise ValueError(f"population='running' with reweight={self.reweight!r} needs {needed}")
+        # a bad schedule shows before the training, not in it
+        for gain in (*self.weights, *self._ends(), *self.tertile_gains):
+            if not math.isfinite(gain) or (gain < 0 and not self.allow_negative):
+                raise ValueError(f"weights must be finite and at least 0 (else allow_negative=True): got {gain}")
+
+    def at(self, progress: float) -> Split:
+        """The split at a fraction of the training: ``split.at(step / steps)``."""
+        return replace(self, progress=progress)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weights of positive and negative learning now."""
+        return self._value(self.positive, self.progress), self._value(self.negative, self.progress)
+
+    def horizon(self, loss: Loss) -> str:
+        """What a loss must see whole under this split."""
+        return HORIZONS[-1] if self.population == "batch" and self.reweight in OF_POPULATION else loss.horizon
+
+    def __call__(self, c: Tensor, role: Tensor, weight: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        """The coefficients (N,) of the sided terms of a loss, scaled.
+
+        Args:
+            c: (N,).
+            role: (N,), +1, -1 or 0.
+            weight: (N,), the loss's own weight, >= 0.
+            batch: the same tokens.
+            loss: whose coefficients they are.
+        """
+        sides = role if self.by == "role" else -c.sign()
+        positive, negative = self.weights
+        gain = torch.where(sides > 0, positive, torch.where(sides < 0, negative, torch.ones_like(c)))
+        return c * gain * torch.where(sides == 0, 1.0, self._reweighting(weight, batch, loss))
+
+    def _reweighting(self, weight: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        """f(w) / w per token, 1 where w is 0: the coefficient is 0 there."""
+        if self.reweight == "identity":
+            return torch.ones_like(weight)
+        samples = batch.mean_per_sequence(weight) if loss.weighs_sequences else weight  # (M,)
+        if callable(self.reweight):
+            new = self.reweight(samples)
+        elif self.reweight == "clip":
+            new = samples.clamp(max=self.clip_max)
+        elif self.reweight == "power":
+            new = samples.pow(self.power)
+        else:
+            groups = _groups(batch, self.horizon(loss), loss.weighs_sequences)
+            new = self._mean(samples, groups) if self.reweight == "none" else samples * self._gains(samples, groups)
+        ratio = torch.where(samples > 0, new / samples, 1.0)
+        return batch.spread(ratio) if loss.weighs_sequences else ratio
+
+    def _mean(self, samples: Tensor, groups: Tensor) -> Tensor:
+        if self.population == "running":
+            return torch.full_like(samples, self.running_mean or 0.0)
+        # sorted and summed by segment: adding by index has no fixed order on a GPU
+        sizes = _sizes(groups)
+        ordered = samples[groups.argsort(stable=True)]
+        totals = torch.segment_reduce(ordered, "sum", lengths=sizes, unsafe=True, initial=0.0)
+        return (totals / sizes.clamp_min(1))[groups]
+
+    def _gains(self, samples: Tensor, groups: Tensor) -> Tensor:
+        top, middle, bottom = self.tertile_gains
+        if self.population == "running":
+            assert self.running_tertiles is not None
+            low, high = self.running_tertiles
+            thirds = (samples >= low).long() + (samples > high).long()
+        else:
+            thirds = tertiles(samples, groups)
+        return torch.where(thirds == 2, top, torch.where(thirds == 1, middle, samples.new_full((), bottom)))
+
+    def _ends(self) -> list[float]:
+        return [self._value(side, end) for side in (self.positive, self.negative) for end in (0.0, 1.0)]
+
+    @staticmethod
+    def _value(side: float | Schedule, progress: float) -> float:
+        return float(side(progress) if callable(side) else side)
+
+
+def tertiles(samples: Tensor, groups: Tensor) -> Tensor:
+    """The third of each sample within its group, 2 for the largest: sizes differ by one at most, ties go in order.
+
+    Args:
+        samples: (M,).
+        groups: (M,) int64 in [0, M].
+
+    Returns:
+        (M,) int64.
+    """
+    order = samples.argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    sizes = _sizes(groups)
+    place = torch.empty_like(groups)
+    place[order] = torch.arange(samples.shape[0], device=samples.device) - (sizes.cumsum(0) - sizes)[groups[order]]
+    return 3 * place // sizes[groups]
+
+
+def _sizes(groups: Tensor) -> Tensor:
+    """How many samples each group has: (M,) in [0, M] -> (M + 1,) int64."""
+    return groups.new_zeros(groups.shape[0] + 1).index_add(0, groups, torch.ones_like(groups))
+
+
+def _groups(batch: Batch, horizon: str, per_sequence: bool) -> Tensor:
+    """Which population each sample belongs to, one of its own for those without loss: (M,) int64 in [0, M]."""
+    if horizon == "token" and not per_sequence:
+        # single tokens belong to no sequence here
+        tokens = batch.loss_tokens()
+        return torch.arange(tokens.shape[0], device=tokens.device)
+    found = torch.arange(batch.lengths.shape[0], device=batch.lengths.device)
+    if horizon in ("group", "batch"):
+        found = torch.zeros_like(found)
+    elif horizon == "pair":
+        found = found % max(1, found.shape[0] // 2)
+    if per_sequence:
+        return torch.where(batch.lengths > 0, found, found.shape[0])
+    return torch.where(batch.loss_tokens(), batch.spread(found), batch.chosen.shape[0])
+
+
+def positive_only() -> Split:
+    """Learning from chosen answers (positive advantages) alone."""
+    return Split(negative=0.0)
+
+
+def negative_only() -> Split:
+    """Learning from rejected answers (negative advantages) alone."""
+    return Split(positive=0.0)
+
+
+def no_reweighting(population: str = "batch", running_mean: float | None = None) -> Split:
+    """Every sample weighs what the mean sample does."""
+    return Split(reweight="none", population=population, running_mean=running_mean)
+
+
+def controlled_dpo(
+    positive: tuple[float, float] = (1.0, 0.5),
+    negative: tuple[float, float] = (0.5, 1.0),
+    begin: float = 0.0,
+    finish: float = 1.0,
+) -> Split:
+    """A gradual shift from positive to negative learning (arXiv 2512.00778). The paper's constants and the shape of its
+    schedule are not known; here both weights move in straight lines.
+
+    Args:
+        positive, negative: weights at the beginning and at the end.
+        begin, finish: fractions of the training between which they move.
+    """
+    return Split(Linear(*positive, begin, finish), Linear(*negative, begin, finish))
+
+
+def controlled_ppo(
+    positive: tuple[float, float] = (1.0, 1.0),
+    negative: tuple[float, float] = (1.0, 0.5),
+    tertile_gains: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    begin: float = 0.0,
+    finish: float = 1.0,
+) -> Split:
+    """Less exploration towards the end, and token groups told apart by |A|. The formulas of the paper's controlled PPO
+    are not known; every constant here is ours and an argument.
+
+    Args:
+        positive, negative: weights at the beginning and at the end; negative learning is what explores.
+        tertile_gains: gains of the top, middle and bottom third by |A|, in the batch.
+        begin, finish: fractions of the training between which they move.
+    """
+    reweight = "identity" if set(tertile_gains) == {1.0} else "tertiles"
+    sides = Linear(*positive, begin, finish), Linear(*negative, begin, finish)
+    return Split(*sides, reweight, population="batch", tertile_gains=tertile_gains)
+
+
+def psr() -> Split:
+    """Positive sample reinforcement (arXiv 2506.01347): the same as ``positive_only``."""
+    return positive_only()
+
+
+def nsr() -> Split:
+    """Negative sample reinforcement (arXiv 2506.01347): the same as ``negative_only``."""
+    return negative_only()
+
+
+def w_reinforce(positive: float = 0.1) -> Split:
+    """W-REINFORCE (arXiv 2506.01347): positive learning at a tenth."""
+    return Split(positive=positive)
