@@ -71,8 +71,8 @@ class Split:
         positive: weight of positive learning, a number or a schedule of the fraction of the training, 1.0.
         negative: weight of negative learning, likewise.
         reweight: f: ``identity``; ``none``, the mean weight of the population; ``clip``, min(w, ``clip_max``);
-            ``power``, w^``power``; ``tertiles``, w times ``tertile_gains`` of its third; or a function from weights (M,)
-            to weights (M,).
+            ``power``, w^``power``; ``tertiles``, w times ``tertile_gains`` of its third; or a function from weights
+            (M,) to weights (M,).
         by: ``role``: the paper's sides, chosen and rejected answers, or the sign of the advantage. ``direction``: the
             sign of c itself; they differ where a loss pulls a chosen answer down (SPPO beyond its target).
         population: over what the mean and the thirds are taken: ``horizon``, each horizon of the loss for itself (a

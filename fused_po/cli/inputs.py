@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_po import linear_token_stats
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
-from fused_po.trainers.model import hidden_and_head
+from fused_po.trainers.model import token_stats_of
 from fused_po.trainers.preferences import PairBatch, TokenPair, mismatched
 
 __all__ = ["SideInputs", "check_trainable", "token_logp"]
@@ -33,9 +32,8 @@ def check_trainable(loss: Loss) -> None:
 
 def token_logp(model: nn.Module, batch: PairBatch) -> Tensor:
     """Log-probs of the labels under a model, (2B, S - 1), 0 where ignored."""
-    backbone, head = hidden_and_head(model)
-    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[:, :-1]
-    logp = linear_token_stats(hidden, head.weight, batch.labels, **head.options).logp
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logp = token_stats_of(model, inputs, batch.labels).logp
     assert logp is not None
     return logp
 

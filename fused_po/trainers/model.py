@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HeadParameters", "hidden_and_head"]
+from fused_po.ops import linear_token_stats
+from fused_po.stats import Stats
+
+__all__ = ["HeadParameters", "hidden_and_head", "token_stats_of"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ def hidden_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], HeadParame
 
     softcap = getattr(config, "final_logit_softcapping", None)
     return backbone, HeadParameters(layer.weight, getattr(layer, "bias", None), softcap, _logit_scale(config))
+
+
+def token_stats_of(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, outputs: Sequence[str] = ("logp",)
+) -> Stats:
+    """Statistics of labels under a causal language model, differentiable, without its logits.
+
+    Args:
+        model: as in ``hidden_and_head``.
+        inputs: what the model takes, (B, S).
+        labels: (B, S - 1), already shifted, -100 ignored.
+        outputs: names of statistics.
+    """
+    backbone, head = hidden_and_head(model)
+    hidden = backbone(**inputs)[:, :-1]
+    return linear_token_stats(hidden, head.weight, labels, outputs=tuple(outputs), **head.options)
 
 
 def _logit_scale(config: Any) -> float:
