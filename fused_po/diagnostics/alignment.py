@@ -8,7 +8,7 @@ to first order a step theta - eta grad L changes the mean NLL of D' by -eta G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,10 +126,10 @@ def gradient_alignment(
         raise ValueError("no parameter of the model requires a gradient")
     block_of = {name: "all" if blocks is None else blocks(name) for name in parameters}
     direction = _target_gradient(model, parameters, target, reduction, stats)
-    measure = _exact if method == "exact" else _directional
+    run = _Run(model, parameters, block_of, direction, loss, stats, step)
     totals: dict[str, dict[str, float]] = {}
     for examples in batches:
-        found = measure(model, parameters, block_of, direction, examples, loss, stats, step)
+        found = run.exact(examples) if method == "exact" else run.directional(examples)
         for part, per_block in found.items():
             into = totals.setdefault(part, dict.fromkeys(per_block, 0.0))
             for block, alignment in per_block.items():
@@ -157,58 +157,55 @@ def _target_gradient(
     return total
 
 
-def _exact(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    block_of: Mapping[str, str],
-    direction: Mapping[str, Tensor],
-    examples: Examples,
-    loss: Loss,
-    stats: StatsOf,
-    step: float | None,
-) -> dict[str, dict[str, float]]:
-    layout, parts = _coefficients(model, examples, loss, stats)
-    found: dict[str, dict[str, float]] = {}
-    for part, triple in parts.items():
-        given = stats(model, examples.inputs, examples.labels, loss.statistics)
-        gradients = _gradients(_weighted(given, triple, layout), parameters)
-        found[part] = dict.fromkeys(block_of.values(), 0.0)
-        for name, grad in gradients.items():
-            found[part][block_of[name]] += (grad.double() * direction[name].double()).sum().item()
-    return found
+@dataclass(frozen=True)
+class _Run:
+    """Both estimators; the slopes of statistics and the gradients of parameters are taken along ``direction``."""
 
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    block_of: Mapping[str, str]
+    direction: Mapping[str, Tensor]
+    loss: Loss
+    stats: StatsOf
+    step: float | None
 
-def _directional(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    block_of: Mapping[str, str],
-    direction: Mapping[str, Tensor],
-    examples: Examples,
-    loss: Loss,
-    stats: StatsOf,
-    step: float | None,
-) -> dict[str, dict[str, float]]:
-    layout, parts = _coefficients(model, examples, loss, stats)
-    found: dict[str, dict[str, float]] = {part: {} for part in parts}
-    for block in dict.fromkeys(block_of.values()):
-        own = {name: direction[name] for name in parameters if block_of[name] == block}
+    def exact(self, examples: Examples) -> dict[str, dict[str, float]]:
+        """part -> block -> G, by the inner products of gradients."""
+        layout, parts = _coefficients(self.model, examples, self.loss, self.stats)
+        found: dict[str, dict[str, float]] = {}
+        for part, triple in parts.items():
+            given = self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics)
+            gradients = _gradients(_weighted(given, triple, layout), self.parameters)
+            found[part] = dict.fromkeys(self.block_of.values(), 0.0)
+            for name, grad in gradients.items():
+                found[part][self.block_of[name]] += (grad.double() * self.direction[name].double()).sum().item()
+        return found
+
+    def directional(self, examples: Examples) -> dict[str, dict[str, float]]:
+        """part -> block -> G, by the slopes of the statistics."""
+        layout, parts = _coefficients(self.model, examples, self.loss, self.stats)
+        found: dict[str, dict[str, float]] = {part: {} for part in parts}
+        for block in dict.fromkeys(self.block_of.values()):
+            slopes = self._slopes(examples, block)
+            for part, triple in parts.items():
+                found[part][block] = 0.0 if slopes is None else _weighted(slopes, triple, layout).item()
+        return found
+
+    def _slopes(self, examples: Examples, block: str) -> Stats | None:
+        """Of the statistics along the direction within one block; None where that is 0."""
+        own = {name: along for name, along in self.direction.items() if self.block_of[name] == block}
         length = _norm(own.values())
         if length == 0.0:
-            slopes: dict[str, Tensor] = {}
-        else:
-            relative = step or STEPS.get(next(iter(parameters.values())).dtype, STEPS[torch.float32])
-            size = relative * (_norm(parameters[name] for name in own) or 1.0) / length
-            ends = []
-            for sign in (1.0, -1.0):
-                with torch.no_grad(), _moved(parameters, own, sign * size):
-                    ends.append(stats(model, examples.inputs, examples.labels, loss.statistics))
-            slopes = {
-                name: (getattr(ends[0], name).double() - getattr(ends[1], name).double()) / (2 * size)
-                for name in loss.differentiates
-            }
-        for part, triple in parts.items():
-            found[part][block] = _weighted(Stats(**slopes), triple, layout).item() if slopes else 0.0
-    return found
+            return None
+        relative = self.step or STEPS.get(next(iter(own.values())).dtype, STEPS[torch.float32])
+        size = relative * (_norm(self.parameters[name] for name in own) or 1.0) / length
+        ends = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad(), _moved(self.parameters, own, sign * size):
+                ends.append(self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics))
+        ahead, behind = (end.present() for end in ends)
+        through = self.loss.differentiates
+        return Stats(**{name: (ahead[name].double() - behind[name].double()) / (2 * size) for name in through})
 
 
 def _coefficients(
@@ -266,7 +263,7 @@ def _gradients(value: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
 
-def _norm(tensors: Iterator[Tensor] | Any) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     return sum(t.detach().double().square().sum().item() for t in tensors) ** 0.5
 
 

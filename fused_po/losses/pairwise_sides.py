@@ -15,7 +15,8 @@ from torch import Tensor
 from fused_po.losses.batch import Batch
 from fused_po.losses.pairwise import ReferenceLoss
 from fused_po.losses.registry import register
-from fused_po.losses.terms import require_range, running_shift, sigmoid_loss
+from fused_po.losses.shift import ShiftedLoss
+from fused_po.losses.terms import require_range, sigmoid_loss
 from fused_po.stats import Stats
 
 __all__ = ["ApoDown", "ApoZero", "BcoPair", "CalDPO", "Dpop", "NcaPair", "SppoHard"]
@@ -34,35 +35,16 @@ class NcaPair(ReferenceLoss):
 
 @register("bco_pair")
 @dataclass(frozen=True)
-class BcoPair(ReferenceLoss):
+class BcoPair(ShiftedLoss, ReferenceLoss):
     """BCO on pairs: ``-log sigmoid(beta u - shift) - log sigmoid(-(beta v - shift))`` (Jung et al., arXiv 2404.04656).
 
-    TRL >= 0.29 takes no shift, earlier versions a running mean of the rewards.
-
-    Side inputs: ``shift``, the running mean of the rewards before this batch, optional: 0.
-
-    Args:
-        shift_weight: 1.0, how much of the shift is the given one; the rest is the mean reward of this batch, detached,
-            and makes the horizon the batch. A running mean over n answers that takes in a batch of m has n / (n + m).
+    ``shift`` and ``shift_weight`` as in ``ShiftedLoss``. TRL >= 0.29 takes no shift, earlier versions a running mean of
+    the rewards.
     """
-
-    shift_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "shift_weight", 0.0, 1.0)
-
-    @property
-    def horizon(self) -> str:
-        return "pair" if self.shift_weight == 1.0 else "batch"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"shift"}
 
     def scores(self, stats: Stats, batch: Batch) -> Tensor:
         rewards = self.beta * self.log_ratios(stats, batch)
-        return rewards - running_shift(rewards, self.shift_weight, batch)
+        return rewards - self.shift(rewards, batch)
 
     def value(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return sigmoid_loss(chosen) + sigmoid_loss(-rejected)

@@ -29,7 +29,6 @@ __all__ = [
     "reinforce",
     "require_choice",
     "require_range",
-    "running_shift",
     "sequence_log_ratio",
     "sigmoid_loss",
     "weighted",
@@ -100,17 +99,6 @@ def reinforce(weight: Tensor, logp: Tensor, batch: Batch, shift: float = 0.0) ->
 def chosen_nll(stats: Stats, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the loss tokens of the chosen half, ()."""
     return -batch.sum_tokens(torch.where(batch.chosen, policy_logp(stats), 0.0)) / batch.num_chosen_tokens
-
-
-def running_shift(rewards: Tensor, weight: float, batch: Batch) -> Tensor:
-    """``weight shift + (1 - weight) mean(rewards)``, detached: (B,) -> (); a shift that was not given is 0."""
-    given = batch.scalar("shift")
-    shift = rewards.new_zeros(()) if given is None else weight * given
-    if weight == 1.0:
-        return shift
-    present = batch.lengths > 0
-    mean = torch.where(present, rewards, 0.0).sum() / present.sum().clamp_min(1)
-    return shift + (1.0 - weight) * mean.detach()
 
 
 def sigmoid_loss(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:

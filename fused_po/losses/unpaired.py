@@ -16,7 +16,8 @@ from fused_po.losses.batch import Batch
 from fused_po.losses.contract import Loss
 from fused_po.losses.metrics import entropy_metric, logit_metrics
 from fused_po.losses.registry import register
-from fused_po.losses.terms import policy_logp, require_range, running_shift, sequence_log_ratio, sigmoid_loss
+from fused_po.losses.shift import ShiftedLoss
+from fused_po.losses.terms import policy_logp, require_range, sequence_log_ratio, sigmoid_loss
 from fused_po.stats import Stats
 
 __all__ = ["ApoZeroUnpaired", "Bco", "Kto"]
@@ -142,33 +143,12 @@ class ApoZeroUnpaired(UnpairedLoss):
 
 @register("bco")
 @dataclass(frozen=True)
-class Bco(UnpairedLoss):
+class Bco(ShiftedLoss, UnpairedLoss):
     """BCO, a binary classifier: ``-w_D log sigmoid(beta u - shift)`` on desirable answers, ``-w_U log sigmoid(shift -
     beta u)`` on the others (Jung et al., arXiv 2404.04656).
 
-    Side inputs: ``shift``, the running mean of the rewards before this batch, optional: 0.
-
-    Args:
-        shift_weight: 1.0, how much of the shift is the given one; the rest is the mean reward of this batch, detached,
-            and makes the horizon the batch. A running mean over n answers that takes in a batch of m has n / (n + m).
+    ``shift`` and ``shift_weight`` as in ``ShiftedLoss``.
     """
-
-    shift_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "shift_weight", 0.0, 1.0)
-
-    @property
-    def horizon(self) -> str:
-        return "sequence" if self.shift_weight == 1.0 else "batch"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"shift"}
-
-    def shift(self, rewards: Tensor, batch: Batch) -> Tensor | float:
-        return running_shift(rewards, self.shift_weight, batch)
 
     def of_margin(self, margin: Tensor) -> Tensor:
         return sigmoid_loss(margin)
@@ -178,8 +158,7 @@ class Bco(UnpairedLoss):
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         rewards = self.beta * sequence_log_ratio(stats, batch)
-        delta = running_shift(rewards, self.shift_weight, batch)
-        return super().metrics(stats, batch) | {"delta": delta}
+        return super().metrics(stats, batch) | {"delta": self.shift(rewards, batch)}
 
 
 def _desirable(batch: Batch) -> Tensor:
