@@ -39,6 +39,8 @@ class Loss(ABC):
     name: ClassVar[str]
     sided: ClassVar[frozenset[str]] = frozenset({"preference", "policy"})
     weighs_sequences: ClassVar[bool] = True
+    # what a subclass reads beyond its base; not by super().needs, which torch.compile can't trace
+    also_needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod

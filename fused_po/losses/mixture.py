@@ -47,7 +47,7 @@ class Mixture(Loss):
 
     @property
     def horizon(self) -> str:
-        return max((part.horizon for part in self.losses), key=HORIZONS.index)
+        return HORIZONS[max(HORIZONS.index(part.horizon) for part in self.losses)]
 
     @property
     def needs(self) -> frozenset[str]:

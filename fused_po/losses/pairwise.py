@@ -115,7 +115,8 @@ class ReferenceLoss(PairLoss):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"logp", "ref_logp"} | ({"log_sum_sq_probs"} if self.use_weighting else set()))
+        weighting = {"log_sum_sq_probs"} if self.use_weighting else set()
+        return frozenset({"logp", "ref_logp"} | weighting) | self.also_needs
 
     @property
     def reports(self) -> tuple[str, ...]:

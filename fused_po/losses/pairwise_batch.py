@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -110,15 +111,13 @@ class BetaDPO(BatchPairLoss):
     kept: float = 0.8
     beta_min: float = 1e-3
 
+    also_needs: ClassVar[frozenset[str]] = frozenset({"shift"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "beta_alpha", 0.0, math.inf)
         require_range(self, "kept", 0.0, 1.0, open_low=True)
         require_range(self, "beta_min", 0.0, math.inf)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"shift"}
 
     def of_batch(self, stats: Stats, batch: Batch, members: Tensor) -> Tensor:
         margin = difference(*batch.halves(self.scores(stats, batch)))  # (P,)

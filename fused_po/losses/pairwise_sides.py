@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class BcoPair(ShiftedLoss, ReferenceLoss):
     ``shift`` and ``shift_weight`` as in ``ShiftedLoss``. TRL >= 0.29 takes no shift, earlier versions a running mean of
     the rewards.
     """
+
+    given_horizon: ClassVar[str] = "pair"
 
     def scores(self, stats: Stats, batch: Batch) -> Tensor:
         rewards = self.beta * self.log_ratios(stats, batch)

@@ -70,6 +70,7 @@ class PolicyLoss(Loss):
     off_policy_mask_threshold: float | None = None
 
     weighs_sequences: ClassVar[bool] = False
+    reads_old_logp: ClassVar[bool] = True
     # side inputs that multiply the surrogate
     multipliers: ClassVar[tuple[str, ...]] = ("importance_weight", "row_weight")
 
@@ -94,7 +95,9 @@ class PolicyLoss(Loss):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {"logp", "old_logp", "advantage", "importance_weight", "row_weight"}
+        needs = {"logp", "advantage", "importance_weight", "row_weight"}
+        if self.reads_old_logp:
+            needs.add("old_logp")
         if self.beta != 0.0:
             needs.add("ref_logp")
         if self.entropy_coef != 0.0 or self.top_entropy_quantile < 1.0:

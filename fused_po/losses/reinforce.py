@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,9 +36,7 @@ class ReinforceLoss(Aggregated, PolicyLoss):
 class OnPolicyLoss(ReinforceLoss):
     """Base: no importance ratio, so ``old_logp`` is not read."""
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs - {"old_logp"}
+    reads_old_logp: ClassVar[bool] = False
 
     def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         return torch.ones_like(logp)

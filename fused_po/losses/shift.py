@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ __all__ = ["ShiftedLoss"]
 
 @dataclass(frozen=True)
 class ShiftedLoss(Loss):
-    """Base, put before the one that gives horizon and needs.
+    """Base, put before the one that gives the loss.
 
     Side inputs: ``shift``, the running mean of the rewards before this batch, optional: 0.
 
@@ -27,17 +28,17 @@ class ShiftedLoss(Loss):
 
     shift_weight: float = 1.0
 
+    also_needs: ClassVar[frozenset[str]] = frozenset({"shift"})
+    # where the shift is given
+    given_horizon: ClassVar[str]
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require_range(self, "shift_weight", 0.0, 1.0)
 
     @property
     def horizon(self) -> str:
-        return super().horizon if self.shift_weight == 1.0 else "batch"  # type: ignore[safe-super]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"shift"}  # type: ignore[safe-super]
+        return self.given_horizon if self.shift_weight == 1.0 else "batch"
 
     def shift(self, rewards: Tensor, batch: Batch) -> Tensor:
         """What rewards (B,) are compared with, detached, ()."""

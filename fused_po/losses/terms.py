@@ -145,7 +145,8 @@ def quantile(values: Tensor, members: Tensor, q: float) -> Tensor:
         return values.new_full((), torch.inf)
     ordered = torch.where(members, values, torch.inf).sort().values  # (N,)
     rank = (members.sum() - 1).clamp_min(0).double() * q
-    below, above = ordered[rank.floor().long()], ordered[rank.ceil().long()]
+    # gathered, since an index that is a tensor would have to be known while tracing
+    below, above = ordered.gather(0, torch.stack([rank.floor(), rank.ceil()]).long()).unbind()
     # two infinities: their difference is NaN
     return torch.where(below == above, below, below + (above - below) * (rank - rank.floor()).to(values.dtype))
 

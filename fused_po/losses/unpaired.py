@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class UnpairedLoss(Loss):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"logp", "ref_logp", "desirable"})
+        return frozenset({"logp", "ref_logp", "desirable"}) | self.also_needs
 
     @property
     def reports(self) -> tuple[str, ...]:
@@ -108,9 +109,7 @@ class Kto(UnpairedLoss):
     completion log-ratios, clamped at 0).
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"kl"}
+    also_needs: ClassVar[frozenset[str]] = frozenset({"kl"})
 
     def shift(self, rewards: Tensor, batch: Batch) -> Tensor | float:
         kl = batch.scalar("kl")
@@ -149,6 +148,8 @@ class Bco(ShiftedLoss, UnpairedLoss):
 
     ``shift`` and ``shift_weight`` as in ``ShiftedLoss``.
     """
+
+    given_horizon: ClassVar[str] = "sequence"
 
     def of_margin(self, margin: Tensor) -> Tensor:
         return sigmoid_loss(margin)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_po import losses
-from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
+from fused_po import Split, losses, splits
+from fused_po.ops import linear_loss, linear_token_stats, make_plan, stats_loss, token_stats
 from tests.losses.cases import create
 from tests.ops.problems import Problem, relative_error
 
@@ -38,6 +38,9 @@ def step(name: str, problem: Problem):
         ("linear_loss", "sigmoid", "aot_eager"),
         ("linear_loss", "dapo-all", "aot_eager"),
         ("linear_loss", "simpo", "inductor"),
+        # a loss of each base
+        *(("linear_loss", case, "aot_eager") for case in ("kto", "bco-batch", "aot", "beta_dpo", "orpo", "mixture")),
+        *(("linear_loss", case, "aot_eager") for case in ("dapo-masks", "gmpo-entropy", "vespo", "asymre", "clip_cov")),
         ("linear_token_stats", "sft", "aot_eager"),
         ("token_stats", "sft", "aot_eager"),
     ],
@@ -52,6 +55,25 @@ def test_fullgraph(operation, case, backend):
     got = compiled(*problem.leaves)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     for a, b in zip(torch.autograd.grad(got, problem.leaves), truth, strict=True):
+        assert relative_error(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("split", [splits.positive_only(), splits.no_reweighting(), Split(reweight="tertiles")])
+def test_fullgraph_with_a_split(split):
+    torch._dynamo.reset()
+    problem = Problem(create("sigmoid"))
+
+    def function(hidden, weight, bias):
+        given = {**problem.options(), "bias": bias, **problem.side_inputs}
+        fused = linear_loss(hidden, weight, problem.labels, problem.loss, split=split, **given).loss
+        stats = linear_token_stats(
+            hidden, weight, problem.labels, outputs=problem.loss.statistics, **{**problem.options(), "bias": bias}
+        )
+        return fused + stats_loss(stats, problem.labels, problem.loss, split=split, **problem.side_inputs).loss
+
+    want = torch.autograd.grad(function(*problem.leaves), problem.leaves)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*problem.leaves), problem.leaves), want, strict=True):
         assert relative_error(a, b) < 1e-11
 
 
