@@ -176,16 +176,56 @@ def test_resume_refuses_another_run(data, tmp_path, capsys):
     assert "--resume with another --loss: hinge, the run began with sigmoid" in capsys.readouterr().err
     assert main(command(data, tmp_path / "new", "--resume")) == 2
     assert "nothing to resume" in capsys.readouterr().err
+    before = data.read_text()
+    data.write_text("".join(reversed(before.splitlines(keepends=True))))
+    assert main(command(data, output, "--resume")) == 2
+    assert "the contents of the file have changed" in capsys.readouterr().err
+    data.write_text(before)
+    state = output / "checkpoint" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert main(command(data, output, "--resume")) == 2
+    assert "checkpoint can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["kto", "sigmoid", "orpo"])
+def test_margins_are_those_of_the_rewards(data, tmp_path, loss):
+    output = tmp_path / "out"
+    assert main(command(data, output, "--loss", loss, "--eval-data", str(data), "--eval-every", "2")) == 0
+    for row in rows(output) + rows(output, "eval"):
+        assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
+
+
+def test_training_that_diverges_stops(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(command(data, output, "--loss", "sft", "--lr", "1e30")) == 1
+    assert "gradient norm" in capsys.readouterr().err
+    assert not (output / "model").exists()
+    assert "NaN" not in (output / "metrics.jsonl").read_text()
+
+
+def test_a_model_whose_head_does_more_is_refused(data, tmp_path, capsys, monkeypatch):
+    real = LlamaForCausalLM.forward
+
+    def shifted(self, *arguments, **options):
+        found = real(self, *arguments, **options)
+        found.logits = found.logits * 1.5
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    assert main(command(data, tmp_path / "out")) == 2
+    assert "is not a head on its last hidden states" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--loss", "dpo"], "unknown loss 'dpo': expected one of"),
+        (["--loss", "dpo"], "unknown loss 'dpo' ('sigmoid' is that loss): expected one of"),
         (["--loss", "sft", "--beta", "0.1"], "loss 'sft' has no hyper-parameter beta"),
         (["--beta", "-1"], "beta must lie in"),
         (["--data", "none.jsonl"], "none.jsonl: can't be read"),
-        (["--model", "/no/such/folder"], "no tokenizer for '/no/such/folder'"),
+        (["--model", "/no/such/folder"], "--model /no/such/folder: no such folder"),
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
         (["--compare", "--dtype", "bfloat16"], "--compare needs --dtype float32"),
         (["--max-length", "3", "--on-too-long", "refuse"], "tokens, more than 3"),
     ],

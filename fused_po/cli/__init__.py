@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 1 where ``--compare`` found a disagreement; 2 for bad input; 130 after Ctrl-C.
+        0; 1 where ``--compare`` found a disagreement or the training diverged; 2 for bad input; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="fused-po", description="Preference optimization in one fused pass.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code: int = arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"fused-po: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"fused-po: {error}", file=sys.stderr)
+        return 1
     return code

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,14 @@ def load_checkpoint(output: Path, arguments: argparse.Namespace, model: Any, opt
     Raises:
         ValueError: it belongs to a run with other arguments, or is complete already.
     """
-    state = torch.load(output / "checkpoint" / "state.pt", weights_only=True)
+    try:
+        state = torch.load(output / "checkpoint" / "state.pt", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{output}/checkpoint can't be read: {str(error).splitlines()[0]}") from None
     for name, before in state["arguments"].items():
         now = _plain(getattr(arguments, name))
+        if name == "data" and now != before:
+            raise ValueError("--resume with other --data: the contents of the file have changed")
         if now != before:
             raise ValueError(f"--resume with another --{name.replace('_', '-')}: {now}, the run began with {before}")
     if state["step"] >= arguments.steps:
@@ -74,4 +81,5 @@ def load_checkpoint(output: Path, arguments: argparse.Namespace, model: Any, opt
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    """A file counts by its contents."""
+    return hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value

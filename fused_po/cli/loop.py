@@ -22,8 +22,8 @@ from fused_po.cli.compare import Comparison
 from fused_po.cli.inputs import SideInputs, check_trainable
 from fused_po.cli.models import add_adapter, load_model, load_tokenizer, save_model
 from fused_po.cli.report import plot
-from fused_po.ops.plain import plain_loss, rounding
-from fused_po.trainers.model import hidden_and_head
+from fused_po.ops.plain import plain_loss, plain_stats, rounding
+from fused_po.trainers.model import hidden_and_head, token_stats_of
 from fused_po.trainers.preferences import PairBatch, Preferences, TokenPair, collate
 
 __all__ = ["train"]
@@ -52,7 +52,7 @@ class _Run:
         self.interrupted = False
         self.loss = _create_loss(arguments.loss, arguments.beta)
         check_trainable(self.loss)
-        self.device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(arguments.device)
         files = [path for path in (arguments.data, arguments.eval_data) if path is not None]
         texts = [_strings(row) for row in Preferences.texts(arguments.data)]
         for path in files[1:]:
@@ -67,12 +67,32 @@ class _Run:
         self.batch_size = min(arguments.batch_size, len(self.pairs))
         model = add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
         self.model = model.to(self.device)
-        hidden_and_head(self.model)
+        self._check_head()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=arguments.lr, weight_decay=0.0)
         warmup = max(1, arguments.steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
         self.comparison: Comparison | None = None
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuse a model whose log-probs are not those of its last hidden states and its output layer."""
+        self.model.eval()
+        batch = self._batch(self.pairs[:1])
+        inputs = {"input_ids": batch.input_ids[:, :32], "attention_mask": batch.attention_mask[:, :32]}
+        labels = inputs["input_ids"][:, 1:]
+        fused = token_stats_of(self.model, inputs, labels).logp
+        # what the model returns has its own softcap and scale applied
+        plain = plain_stats(
+            self.model(**inputs, use_cache=False).logits[:, :-1].float(), labels, outputs=("logp",)
+        ).logp
+        assert fused is not None and plain is not None
+        apart = (fused - plain).abs().max().item()
+        self.model.train()
+        if not apart < 1e-2:
+            raise ValueError(
+                f"{self.arguments.model!r} is not a head on its last hidden states: log-probs differ by {apart:.2g}"
+            )
 
     def go(self) -> int:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -145,6 +165,8 @@ class _Run:
         else:
             loss = fused(self.model)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {norm.item()}; a lower --lr?")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -161,14 +183,13 @@ class _Run:
     def _rewards(
         self, indices: Sequence[int], batch: PairBatch, out: LossOutput, inputs: SideInputs
     ) -> dict[str, Tensor]:
-        """Reward accuracy and margin for losses that do not log their own: rewards are log-ratios to the reference."""
-        if "rewards/accuracies" in out.metrics:
-            return {}
+        """Reward accuracy and margin where a loss does not log its own: rewards are log-ratios to the reference."""
         assert out.stats.logp is not None
         ratio = (out.stats.logp.double() - inputs.reference(indices, batch)).sum(1)
         chosen, rejected = ratio.chunk(2)
         margin = chosen - rejected
-        return {"rewards/accuracies": (margin > 0).double().mean(), "rewards/margins": margin.mean()}
+        own = {"rewards/accuracies": (margin > 0).double().mean(), "rewards/margins": margin.mean()}
+        return {name: value for name, value in own.items() if name not in out.metrics}
 
     @torch.no_grad()
     def _evaluate(self, step: int, log: Any) -> None:
@@ -237,6 +258,15 @@ class _Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _create_loss(name: str, beta: float | None) -> losses.Loss:

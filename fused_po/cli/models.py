@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
     logging.disable_progress_bar()
     if name == "tiny":
         return _train_tokenizer(texts)
+    _check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer for {name!r}: {_first_line(error)}") from None
+        raise ValueError(f"no tokenizer for {name!r}: {_shortened(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -56,7 +58,7 @@ def load_model(name: str, tokenizer: Any, seed: int) -> Any:
         try:
             return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no model for {name!r}: {_first_line(error)}") from None
+            raise ValueError(f"no model for {name!r}: {_shortened(error)}") from None
     config = LlamaConfig(
         # as real heads, a multiple of a power of two with unused rows behind the tokens
         vocab_size=TINY_VOCAB,
@@ -109,5 +111,11 @@ def _train_tokenizer(texts: Iterable[str]) -> Any:
     return fast
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300)
+
+
+def _check_folder(name: str) -> None:
+    """Raise ValueError where a name can only be a folder and there is none."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model {name}: no such folder")

@@ -149,8 +149,14 @@ class Batch:
         return torch.where(chosen + rejected > 0, values, 0.0).sum() / self.num_pairs
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen and the rejected half of per-sequence values: (B,) -> (B/2,), (B/2,)."""
-        half = values.shape[0] // 2
+        """The chosen and the rejected half of per-sequence values: (B,) -> (B/2,), (B/2,).
+
+        Raises:
+            ValueError: an odd number of sequences.
+        """
+        half, odd = divmod(values.shape[0], 2)
+        if odd:
+            raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {values.shape[0]}")
         return values[:half], values[half:]
 
     def _masked(self, values: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from fused_po.losses.mixture import Mixture
 
 __all__ = ["create", "names", "register"]
 
+# what people call losses that have TRL's name here
+OTHER_NAMES = {"dpo": "sigmoid", "cdpo": "conservative", "slic": "hinge", "sppo": "sppo_hard", "exo": "exo_pair"}
+
 _registry: dict[str, type[Loss]] = {}
 
 LossClass = TypeVar("LossClass", bound=type[Loss])
@@ -68,7 +71,8 @@ def create(
 
 def _known(name: str) -> frozenset[str]:
     if name not in _registry:
-        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(names())}")
+        hint = f" ({OTHER_NAMES[name]!r} is that loss)" if name in OTHER_NAMES else ""
+        raise ValueError(f"unknown loss {name!r}{hint}: expected one of {', '.join(names())}")
     return frozenset(field.name for field in fields(_registry[name]) if field.init)
 
 

@@ -43,7 +43,7 @@ class Layout:
         """Lay out labels by a plan.
 
         Raises:
-            ValueError: a plan of other labels.
+            ValueError: a plan of other labels; that other positions carry loss is noticed on a CPU only.
         """
         if plan.positions != labels.numel() or plan.segments.device != labels.device:
             raise ValueError(
@@ -56,6 +56,10 @@ class Layout:
         sequences = torch.arange(len(plan.lengths), device=labels.device)
         sequence_of = sequences.repeat_interleave(segments, output_size=count)
         mask = row_labels != IGNORE if plan.masked else None
+        # a GPU would have to wait for this
+        looks = mask is None and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and (bool((row_labels == IGNORE).any()) or int((labels != IGNORE).sum()) != count):
+            raise ValueError("the plan is of labels with other loss tokens")
         return Layout(labels, rows, row_labels, segments, sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def call_batch(
     lengths = layout.segments
     if layout.mask is not None:
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
-    sequences = _number(count if num_sequences is None else num_sequences, device).clamp_min(1)
+    sequences = _normaliser("num_sequences", max(count, 1) if num_sequences is None else num_sequences, device)
     share = sequences / max(count, 1)
     per_token: dict[str, Tensor] = {}
     per_sequence: dict[str, Tensor] = {}
@@ -117,7 +121,7 @@ def call_batch(
         lengths=lengths,
         chosen=layout.sequence_of < count // 2,
         token_lengths=lengths.index_select(0, layout.sequence_of),
-        num_tokens=_number(lengths.sum() if num_items is None else num_items, device).clamp_min(1),
+        num_tokens=_normaliser("num_items", lengths.sum() if num_items is None else num_items, device),
         num_sequences=sequences,
         num_pairs=sequences / 2,
         num_call_tokens=lengths.sum().clamp_min(1) * share,
@@ -179,6 +183,13 @@ def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
         meaning = " (the sum over its loss tokens, or per token)" if name in SUMMED else ""
         raise ValueError(f"{name} must have shape {shapes}{meaning}: got {tuple(value.shape)}")
     return value.detach()
+
+
+def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
+    """What a loss divides by, (); a tensor is not looked at, but 1 at least."""
+    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be above 0: got {value}")
+    return _number(value, device).clamp_min(1)
 
 
 def _number(value: Number, device: torch.device) -> Tensor:

@@ -86,6 +86,8 @@ def prepare(
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
     check_labels(labels, weight.shape[0])
+    if cu_seqlens is not None and labels.ndim != 1:
+        raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
         scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
     if scratch_bytes < 0:

@@ -18,6 +18,7 @@ __all__ = [
     "check_labels",
     "check_outputs",
     "check_scalars",
+    "require_tensors",
     "row_temperatures",
 ]
 
@@ -31,6 +32,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     Raises:
         ValueError: anything that does not fit.
     """
+    require_tensors(hidden=hidden, weight=weight, labels=labels)
     if hidden.ndim not in (2, 3) or labels.shape != hidden.shape[:-1]:
         raise ValueError(
             "hidden must be (B, S, H) or (N, H) and labels the same without H: "
@@ -46,6 +48,15 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
     same_device(hidden, weight=weight, bias=bias, labels=labels)
+
+
+def require_tensors(**given: object) -> None:
+    """Raise ValueError for what is no tensor, a model's output for one."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            hint = " (its .last_hidden_state?)" if hasattr(value, "last_hidden_state") else ""
+            hint = " (its .weight?)" if isinstance(value, torch.nn.Linear) else hint
+            raise ValueError(f"{name} must be a tensor: got {type(value).__name__}{hint}")
 
 
 def same_device(hidden: Tensor, **others: Tensor | None) -> None:
@@ -65,8 +76,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     """
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64: got {labels.dtype}")
-    looks = labels.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
-    if not looks or torch.compiler.is_compiling() or labels.numel() == 0:
+    if not _looks(labels):
         return
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
@@ -130,10 +140,19 @@ def row_temperatures(
         spread: for packed labels, the sequence that each position belongs to (N,); None without packing.
 
     Raises:
-        ValueError: any other shape.
+        ValueError: any other shape; on a CPU, or with ``FUSED_PO_CHECK=1``, a value that is not positive.
     """
     if not isinstance(temperature, Tensor):
         return None
+    found = _spread_temperatures(temperature, labels, spread, dtype)
+    if _looks(labels):
+        read = found[labels.reshape(-1) != IGNORE]
+        if not bool(((read > 0) & read.isfinite()).all()):
+            raise ValueError("temperature must be positive and finite for every loss token")
+    return found
+
+
+def _spread_temperatures(temperature: Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
     same_device(labels, temperature=temperature)
     values = temperature.detach().to(dtype)
     if values.ndim == 0:
@@ -147,6 +166,12 @@ def row_temperatures(
     raise ValueError(
         f"temperature must be a number, (B,) or the shape of labels {_shape(labels)}: got {_shape(values)}"
     )
+
+
+def _looks(tensor: Tensor) -> bool:
+    """Values are looked at where that costs no wait, or where it was asked for."""
+    asked = tensor.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
+    return asked and not torch.compiler.is_compiling() and tensor.numel() > 0
 
 
 def _shape(tensor: Tensor) -> str:

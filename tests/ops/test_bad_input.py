@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_po import losses
-from fused_po.ops import linear_loss, linear_token_stats, token_stats
+from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
 
 B, S, H, V = 4, 3, 8, 11
 HIDDEN, WEIGHT = torch.randn(B, S, H), torch.randn(V, H)
@@ -90,8 +90,31 @@ def test_other_arguments():
         linear_loss(HIDDEN, WEIGHT, LABELS, "sigmoid")
     with pytest.raises(ValueError, match="even number of sequences"):
         linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("simpo"))
+    with pytest.raises(ValueError, match="even number of sequences"):
+        linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("aot"), ref_logp=torch.zeros(3))
     with pytest.raises(ValueError, match="a normaliser must be one number"):
         linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), num_items=torch.ones(2))
+    for given in ({"num_items": 0}, {"num_sequences": -1}, {"num_items": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must be above 0: got"):
+            linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), **given)
+    with pytest.raises(ValueError, match=r"cu_seqlens goes with packed labels"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"weight must be a tensor: got Linear .its .weight"):
+        linear_loss(HIDDEN, torch.nn.Linear(H, V), LABELS, losses.create("sft"))
+    with pytest.raises(ValueError, match="labels must be a tensor: got ndarray"):
+        linear_token_stats(HIDDEN, WEIGHT, LABELS.numpy())
+    for temperature in (torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.full(LABELS.shape, -1.0)):
+        with pytest.raises(ValueError, match="temperature must be positive and finite"):
+            linear_token_stats(HIDDEN, WEIGHT, LABELS, temperature=temperature)
+
+
+@pytest.mark.parametrize("fewer", [True, False])
+def test_a_plan_of_labels_with_other_loss_tokens(fewer):
+    other = LABELS.clone()
+    other[0, 0] = -100 if LABELS[0, 0] >= 0 else 1
+    plan, labels = (make_plan(LABELS), other) if fewer else (make_plan(other), LABELS)
+    with pytest.raises(ValueError, match="the plan is of labels with other loss tokens"):
+        linear_token_stats(HIDDEN, WEIGHT, labels, plan=plan)
     for outputs, message in (("logp", "a sequence of names"), ((), "a sequence of names"), (("logprob",), "'logprob'")):
         with pytest.raises(ValueError, match=message):
             linear_token_stats(HIDDEN, WEIGHT, LABELS, outputs=outputs)
