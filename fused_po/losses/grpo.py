@@ -19,6 +19,7 @@ from fused_po.losses.registry import register
 from fused_po.losses.terms import (
     advantages,
     bounded,
+    choose,
     clipped_surrogate,
     difference,
     log_ratio,
@@ -220,7 +221,7 @@ class Sapo(GrpoLoss):
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         advantage = advantages(batch)
-        tau = torch.where(advantage > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
+        tau = choose(advantage > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
         return -torch.sigmoid(tau * (self.ratio(policy_logp(stats), batch) - 1.0)) * 4.0 / tau * advantage
 
     def aggregate(self, values: Tensor, batch: Batch) -> Tensor:
@@ -270,8 +271,8 @@ class Vespo(TokenMeanLoss):
             log_weight = log_weight + batch.sum_per_sequence(log_importance)
         log_weight = batch.spread(log_weight.clamp(LOG_WEIGHT_LOW, LOG_WEIGHT_HIGH))
         up = advantages(batch) >= 0
-        k = torch.where(up, self.vespo_k_pos, self.vespo_k_neg)
-        scale = torch.where(up, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp_min(1e-4)
+        k = choose(up, self.vespo_k_pos, self.vespo_k_neg)
+        scale = choose(up, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp_min(1e-4)
         return torch.exp(scale + k * log_weight - scale * log_weight.exp()).nan_to_num(nan=0.0, posinf=0.0)
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from fused_po.losses.registry import register
 from fused_po.losses.terms import (
     bounded_exp,
     bounded_expm1,
+    choose,
     difference,
     policy_logp,
     require_choice,
@@ -85,7 +86,7 @@ class PairLoss(Loss):
         return False
 
     def role(self, batch: Batch) -> Tensor:
-        return torch.where(batch.chosen, 1.0, -1.0).double()
+        return choose(batch.chosen, 1.0, -1.0)
 
     def weight(self, c: Tensor, batch: Batch) -> Tensor:
         """|dL/d(beta score)| of the pair: sigmoid(-beta h) for DPO."""
@@ -150,7 +151,7 @@ class ReferenceLoss(PairLoss):
         if self.ld_alpha is None:
             return None
         shared = torch.minimum(*batch.halves(batch.lengths)).repeat(2)  # (B,)
-        return torch.where(batch.positions() > batch.spread(shared), self.ld_alpha, 1.0)
+        return choose(batch.positions() > batch.spread(shared), self.ld_alpha, 1.0)
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         rewards = self.beta * self.log_ratios(stats, batch)

@@ -13,7 +13,16 @@ from torch import Tensor
 from fused_po.losses.batch import Batch
 from fused_po.losses.policy import Aggregated, ClippedLoss, PolicyLoss
 from fused_po.losses.registry import register
-from fused_po.losses.terms import advantages, difference, log_ratio, old_logp, policy_logp, reinforce, require_range
+from fused_po.losses.terms import (
+    advantages,
+    choose,
+    difference,
+    log_ratio,
+    old_logp,
+    policy_logp,
+    reinforce,
+    require_range,
+)
 from fused_po.stats import Stats
 
 __all__ = ["Aspo", "AsymRE", "CispoVerl", "Gpg", "Nsr", "Psr", "Rloo", "Topr", "WReinforce"]
@@ -101,7 +110,7 @@ class WReinforce(OnPolicyLoss):
 
     def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         advantage = advantages(batch)
-        size = torch.where(advantage > 0, self.positive, self.negative)
+        size = choose(advantage > 0, self.positive, self.negative)
         return torch.where(advantage == 0, 0.0, size / advantage.abs())
 
 

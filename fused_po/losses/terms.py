@@ -18,6 +18,7 @@ __all__ = [
     "bounded",
     "bounded_exp",
     "bounded_expm1",
+    "choose",
     "chosen_nll",
     "clipped_surrogate",
     "difference",
@@ -114,6 +115,11 @@ def advantages(batch: Batch) -> Tensor:
     advantage = batch.token("advantage")
     assert advantage is not None
     return advantage.double()
+
+
+def choose(condition: Tensor, yes: float, no: float) -> Tensor:
+    """One of two numbers by a condition, in float64: ``torch.where`` of two numbers rounds them to float32."""
+    return torch.where(condition, condition.new_full((), yes, dtype=torch.float64), no)
 
 
 def weighted(values: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fused_po.losses.contract import Loss
 from fused_po.losses.metrics import entropy_metric, logit_metrics
 from fused_po.losses.registry import register
 from fused_po.losses.shift import ShiftedLoss
-from fused_po.losses.terms import policy_logp, require_range, sequence_log_ratio, sigmoid_loss
+from fused_po.losses.terms import choose, policy_logp, require_range, sequence_log_ratio, sigmoid_loss
 from fused_po.stats import Stats
 
 __all__ = ["ApoZeroUnpaired", "Bco", "Kto"]
@@ -76,7 +76,7 @@ class UnpairedLoss(Loss):
         return {"preference": batch.mean_sequences(value)}
 
     def role(self, batch: Batch) -> Tensor:
-        return batch.spread(torch.where(_desirable(batch), 1.0, -1.0).double())
+        return batch.spread(choose(_desirable(batch), 1.0, -1.0))
 
     def weight(self, c: Tensor, batch: Batch) -> Tensor:
         """|dL/d(reward)| of the answer."""

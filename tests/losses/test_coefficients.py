@@ -181,6 +181,16 @@ def test_table_of_sides(name):
     check(loss, stats, batch, chosen(u, v), rejected(u, v))
 
 
+def test_tokens_beyond_the_shorter_answer_weigh_ld_alpha():
+    loss = losses.create("sigmoid", beta=B, ld_alpha=0.3)
+    stats, batch, _ = make_batch(loss, [5, 2, 3, 4])
+    weight = torch.tensor([1, 1, 1, 0.3, 0.3, 1, 1, 1, 1, 1, 1, 1, 0.3, 0.3], dtype=torch.float64)
+    u, v = batch.sum_per_sequence(weight * (stats.logp - batch.token("ref_logp"))).chunk(2)
+    k = (B * s(-B * (u - v))).repeat(2) * torch.tensor([1.0, 1.0, -1.0, -1.0])
+    _, triple = coefficients(loss, stats, batch)
+    torch.testing.assert_close(-triple.logp, batch.spread(k) * weight / batch.num_pairs, rtol=1e-12, atol=0)
+
+
 def test_discopop():
     loss = losses.create("discopop", beta=B, discopop_tau=0.3)
     stats, batch, _ = make_batch(loss, LENGTHS)
@@ -248,7 +258,7 @@ POLICY = {
     ),
     "psr": ({}, lambda r, a: (a > 0).double()),
     "nsr": ({}, lambda r, a: -(a < 0).double()),
-    "w_reinforce": ({}, lambda r, a: torch.where(a > 0, 0.1, -1.0)),
+    "w_reinforce": ({}, lambda r, a: torch.where(a > 0, 0.1 * torch.ones_like(a), -1.0)),
     "reinforce_plus_plus": ({}, lambda r, a: r * a * torch.where(a > 0, r <= 1.2, r >= 0.8)),
 }  # fmt: skip
 
@@ -262,7 +272,7 @@ def test_table_of_policy_losses(name):
 
 def test_sapo():
     k, batch, ratio, advantage, weight = policy_case("sapo")
-    tau = torch.where(advantage > 0, 1.0, 1.05)
+    tau = torch.where(advantage > 0, 1.0, 1.05 * torch.ones_like(advantage))
     gate = s(tau * (ratio - 1))
     want = 4 * advantage * ratio * gate * (1 - gate) * weight / batch.token_lengths / 2
     torch.testing.assert_close(k, want, rtol=1e-12, atol=1e-16)
