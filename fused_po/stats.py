@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["DIFFERENTIABLE", "STATISTICS", "Stats"]
 
 # the order in which operations return them
-STATISTICS = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_probs")
+STATISTICS = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_probs", "max_logp")
 
 # gradients flow through these; the others are for metrics and detached weights
 DIFFERENTIABLE = ("logp", "entropy", "lse")
@@ -29,6 +29,7 @@ class Stats:
         mean_logit: mean of ``z`` over the vocabulary.
         is_top1: bool, True where ``y`` is the first index of the largest logit.
         log_sum_sq_probs: ``log sum_v p_v^2`` (the collision probability that WPO weights by).
+        max_logp: ``log max_v p_v``, whichever class that is.
     """
 
     logp: Tensor | None = None
@@ -37,6 +38,7 @@ class Stats:
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+    max_logp: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         """The fields that were asked for, in the order of ``STATISTICS``."""

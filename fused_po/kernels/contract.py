@@ -151,6 +151,9 @@ def finish(partials: Tensor, labels: Tensor, vocab_size: int, outputs: tuple[str
         found["is_top1"] = legal & (target >= top) & (target > before)
     if "log_sum_sq_probs" in outputs:
         found["log_sum_sq_probs"] = torch.logaddexp(square.log() + 2 * gap, 2 * logp)
+    if "max_logp" in outputs:
+        # gap is that of the best class other than the target
+        found["max_logp"] = torch.maximum(torch.where(top == -torch.inf, -torch.inf, gap), logp)
     stats = {name: v if v.dtype == torch.bool else v.to(partials.dtype) for name, v in found.items()}
     anchors = torch.stack([logp, shift, gap, entropy]).to(partials.dtype)
     return Stats(**{name: stats[name] for name in STATISTICS if name in stats}), anchors

@@ -23,9 +23,11 @@ def to_logits(x, inverse, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
         a = x * (logit_scale / softcap)
         e = tl.exp(-2.0 * tl.abs(a))
         a2 = a * a
-        series = a * (1.0 + a2 * (-1.0 / 3.0 + a2 * (2.0 / 15.0 + a2 * (-17.0 / 315.0 + a2 * (62.0 / 2835.0)))))
-        large = (1.0 - e) / (1.0 + e)
-        tanh = tl.where(tl.abs(a) < 0.25, series, tl.where(a < 0, -large, large))
+        # the minimax polynomial of Cephes' tanhf; beyond it the difference to 1 is small
+        series = -5.37397155531e-2 + a2 * (2.06390887954e-2 + a2 * -5.70498872745e-3)
+        small = a + a * a2 * (-3.33332819422e-1 + a2 * (1.33314422036e-1 + a2 * series))
+        large = 1.0 - 2.0 * e / (1.0 + e)
+        tanh = tl.where(tl.abs(a) < 0.625, small, tl.where(a < 0, -large, large))
         z = tanh * (softcap * inverse)
         # 1 - tanh^2 without the difference
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e)) * (logit_scale * inverse)

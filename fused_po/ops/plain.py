@@ -52,6 +52,7 @@ def plain_stats(
         "mean_logit": lambda: z.mean(-1),
         "is_top1": lambda: z.argmax(-1) == labels,
         "log_sum_sq_probs": lambda: log_p.exp().square().sum(-1).log(),
+        "max_logp": lambda: log_p.amax(-1),
     }
     return Stats(**{name: formulas[name]() for name in outputs})
 

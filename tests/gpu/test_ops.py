@@ -137,7 +137,7 @@ def test_linear_token_stats(route):
         return torch.stack([(w * getattr(stats, name)).sum() for w, name in zip(weights, through, strict=True)]).sum()
 
     hidden, weight, bias = problem.leaves.values()
-    outputs = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs")
+    outputs = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "max_logp")
     options = {"outputs": outputs, "scratch_bytes": scratch, **problem.transform}
     found = linear_token_stats(hidden, weight, problem.labels, bias=bias, **options)
     naive, truth = problem.stats(DTYPE), problem.stats(torch.float64)

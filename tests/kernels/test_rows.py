@@ -64,7 +64,8 @@ def plain(problem: KernelProblem, dtype: torch.dtype) -> tuple[Tensor, Stats]:
     entropy = -torch.where(log_p > -700, log_p.exp() * log_p, 0.0).sum(1)
     squares = torch.logsumexp(2 * log_p, 1)
     lse = (target - logp).squeeze(1)
-    return leaf, replace(stats, logp=logp.squeeze(1), entropy=entropy, lse=lse, log_sum_sq_probs=squares)
+    exact = {"logp": logp.squeeze(1), "entropy": entropy, "lse": lse, "log_sum_sq_probs": squares}
+    return leaf, replace(stats, **exact, max_logp=log_p.amax(1))
 
 
 def plain_grad(problem: KernelProblem, dtype: torch.dtype, triple: Coefficients) -> Tensor:

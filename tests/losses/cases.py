@@ -142,6 +142,7 @@ def make_batch(
         "mean_logit": torch.randn(labels.shape, dtype=torch.float64),
         "is_top1": torch.rand(labels.shape) < 0.5,
         "log_sum_sq_probs": -torch.rand(labels.shape, dtype=torch.float64) * 3,
+        "max_logp": -torch.rand(labels.shape, dtype=torch.float64),
     }
     stats = Stats(**{name: layout.rows.gather(value.reshape(-1)) for name, value in packed.items()})
     return stats, batch, layout

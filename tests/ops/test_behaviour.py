@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_po import losses
 from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
-from fused_po.stats import Stats
+from fused_po.stats import STATISTICS, Stats
 from tests.losses.cases import CASES, create
 from tests.ops.problems import EntropyPairs, H, Problem, V, relative_error
 
@@ -237,7 +237,7 @@ def test_inputs_are_left_alone():
 def test_token_stats_of_a_shifted_slice(inplace):
     """``logits[:, :-1]`` is not contiguous across sequences; every output and gradient, in place or not."""
     problem = Problem(create("sft"))
-    outputs = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_probs")
+    outputs = STATISTICS
     leaf = torch.randn(6, 10, V, dtype=torch.float64, requires_grad=True)
     truth_leaf = leaf.detach().clone().requires_grad_()
     logits = leaf * 1.0
