@@ -8,47 +8,22 @@ to first order a step theta - eta grad L changes the mean NLL of D' by -eta G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
-from fused_po.ops.batches import Layout, call_batch, masked_stats
-from fused_po.ops.coefficients import coefficients
-from fused_po.ops.output import THIRDS, parts_of
-from fused_po.ops.planning import make_plan
-from fused_po.splits import Split
+from fused_po.diagnostics.parts import Examples, StatsOf, gradients, norm, take_apart
+from fused_po.losses.contract import Loss
 from fused_po.stats import Stats
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["PARTS", "Alignment", "Examples", "by_layer", "gradient_alignment"]
+__all__ = ["Alignment", "by_layer", "gradient_alignment"]
 
-PARTS = ("whole", "positive", "negative", "rest", "top", "middle", "bottom")
-FLAT = "/no_reweighting"
 # length of a directional step over the length of the parameters
 STEPS = {torch.float64: 1e-5, torch.float32: 1e-3}
-
-StatsOf = Callable[[nn.Module, Mapping[str, Any], Tensor, Sequence[str]], Stats]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A batch of D or of D'.
-
-    Attributes:
-        inputs: what the model takes; (B, S) each for a causal language model.
-        labels: (B, S - 1) for a causal language model: already shifted, -100 ignored. Pairs: first half chosen.
-        side_inputs: what the loss reads, as in ``linear_loss``.
-    """
-
-    inputs: Mapping[str, Any]
-    labels: Tensor
-    side_inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +127,7 @@ def _target_gradient(
             raise ValueError(f"D' does not fit the model (another tokenizer?): {error}") from error
         assert logp is not None
         kept = torch.where(examples.labels >= 0, logp, 0.0)
-        for name, grad in _gradients(-kept.sum() / count, parameters).items():
+        for name, grad in gradients(-kept.sum() / count, parameters).items():
             total[name] += grad
     return total
 
@@ -171,34 +146,34 @@ class _Run:
 
     def exact(self, examples: Examples) -> dict[str, dict[str, float]]:
         """part -> block -> G, by the inner products of gradients."""
-        layout, parts = _coefficients(self.model, examples, self.loss, self.stats)
+        taken = take_apart(self.model, examples, self.loss, self.stats)
         found: dict[str, dict[str, float]] = {}
-        for part, triple in parts.items():
+        for part in taken.parts:
             given = self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics)
-            gradients = _gradients(_weighted(given, triple, layout), self.parameters)
+            of_part = gradients(taken.weighted(given, part), self.parameters)
             found[part] = dict.fromkeys(self.block_of.values(), 0.0)
-            for name, grad in gradients.items():
+            for name, grad in of_part.items():
                 found[part][self.block_of[name]] += (grad.double() * self.direction[name].double()).sum().item()
         return found
 
     def directional(self, examples: Examples) -> dict[str, dict[str, float]]:
         """part -> block -> G, by the slopes of the statistics."""
-        layout, parts = _coefficients(self.model, examples, self.loss, self.stats)
-        found: dict[str, dict[str, float]] = {part: {} for part in parts}
+        taken = take_apart(self.model, examples, self.loss, self.stats)
+        found: dict[str, dict[str, float]] = {part: {} for part in taken.parts}
         for block in dict.fromkeys(self.block_of.values()):
             slopes = self._slopes(examples, block)
-            for part, triple in parts.items():
-                found[part][block] = 0.0 if slopes is None else _weighted(slopes, triple, layout).item()
+            for part in taken.parts:
+                found[part][block] = 0.0 if slopes is None else taken.weighted(slopes, part).item()
         return found
 
     def _slopes(self, examples: Examples, block: str) -> Stats | None:
         """Of the statistics along the direction within one block; None where that is 0."""
         own = {name: along for name, along in self.direction.items() if self.block_of[name] == block}
-        length = _norm(own.values())
+        length = norm(own.values())
         if length == 0.0:
             return None
         relative = self.step or STEPS.get(next(iter(own.values())).dtype, STEPS[torch.float32])
-        size = relative * (_norm(self.parameters[name] for name in own) or 1.0) / length
+        size = relative * (norm(self.parameters[name] for name in own) or 1.0) / length
         ends = []
         for sign in (1.0, -1.0):
             with torch.no_grad(), _moved(self.parameters, own, sign * size):
@@ -206,65 +181,6 @@ class _Run:
         ahead, behind = (end.present() for end in ends)
         through = self.loss.differentiates
         return Stats(**{name: (ahead[name].double() - behind[name].double()) / (2 * size) for name in through})
-
-
-def _coefficients(
-    model: nn.Module, examples: Examples, loss: Loss, stats: StatsOf
-) -> tuple[Layout, dict[str, Coefficients]]:
-    """The coefficients of each part at the model's parameters."""
-    loss.check(frozenset(examples.side_inputs))
-    layout = Layout.of(examples.labels, make_plan(examples.labels))
-    with torch.no_grad():
-        given = stats(model, examples.inputs, examples.labels, loss.statistics)
-        packed = Stats(**{name: layout.rows.gather(v.reshape(-1)) for name, v in given.present().items()})
-        packed = masked_stats(packed, layout.mask)
-        assert packed.logp is not None
-        batch = call_batch(layout, examples.side_inputs, None, None, packed.logp.dtype)
-        thirds = parts_of(THIRDS, loss, packed, batch)
-        found = _parts("", loss, packed, batch, thirds, "identity")
-        return layout, found | _parts(FLAT, loss, packed, batch, thirds, "none")
-
-
-def _parts(
-    suffix: str, loss: Loss, stats: Stats, batch: Batch, thirds: Tensor, reweight: str
-) -> dict[str, Coefficients]:
-    def under(positive: float, negative: float) -> Coefficients:
-        split = Split(positive, negative, reweight=reweight, population="batch")
-        return coefficients(loss, stats, batch, split)[1]
-
-    whole, rest = under(1.0, 1.0), under(0.0, 0.0)
-    assert whole.logp is not None and rest.logp is not None
-    sided = whole.logp - rest.logp
-    found = {"whole": whole, "rest": rest}
-    for name, split in (("positive", (1.0, 0.0)), ("negative", (0.0, 1.0))):
-        c = under(*split).logp
-        assert c is not None
-        found[name] = Coefficients(c - rest.logp)
-    for index, name in enumerate(THIRDS[:3]):
-        found[name] = Coefficients(torch.where(thirds == index, sided, 0.0))
-    return {f"{name}{suffix}": found[name] for name in PARTS}
-
-
-def _weighted(given: Stats, triple: Coefficients, layout: Layout) -> Tensor:
-    """The coefficients times the statistics, (): what has the part's gradient."""
-    total: Tensor | None = None
-    for name, c in zip(("logp", "entropy", "lse"), triple, strict=True):
-        if c is not None:
-            values = layout.rows.gather(getattr(given, name).reshape(-1))
-            term = (c.double() * values.double()).sum()
-            total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _gradients(value: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    pairs = zip(parameters.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return sum(t.detach().double().square().sum().item() for t in tensors) ** 0.5
 
 
 @contextmanager
