@@ -249,13 +249,14 @@ def no_reweighting(population: str = "batch", running_mean: float | None = None)
 
 
 def controlled_dpo(
-    positive: tuple[float, float] = (1.0, 0.5),
-    negative: tuple[float, float] = (0.5, 1.0),
+    positive: tuple[float, float] = (1.0, 1.0),
+    negative: tuple[float, float] = (0.0, 1.0),
     begin: float = 0.0,
     finish: float = 1.0,
 ) -> Split:
     """A gradual shift from positive to negative learning (arXiv 2512.00778). The paper's constants and the shape of its
-    schedule are not known; here both weights move in straight lines.
+    schedule are not known; here both weights move in straight lines. By default negative learning comes in until the
+    loss is DPO itself: a negative weight above the positive one takes a model apart (docs/study.md).
 
     Args:
         positive, negative: weights at the beginning and at the end.

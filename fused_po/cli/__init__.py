@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fused_po.cli import train
+from fused_po.cli import study, train
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-po", description="Preference optimization in one fused pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     train.add_parser(commands)
+    study.add_parser(commands)
     arguments = parser.parse_args(argv)
     # torch's own remarks on profiled memory are for its developers
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.trainers.model import token_stats_of
-from fused_po.trainers.preferences import PairBatch, TokenPair, mismatched
+from fused_po.trainers.preferences import AnswerBatch, TokenPair, mismatched
 
 __all__ = ["SideInputs", "check_trainable", "token_logp"]
 
@@ -30,7 +30,7 @@ def check_trainable(loss: Loss) -> None:
         raise ValueError(f"loss {loss.name!r} can't be trained from pairs: it needs {', '.join(sorted(missing))}")
 
 
-def token_logp(model: nn.Module, batch: PairBatch) -> Tensor:
+def token_logp(model: nn.Module, batch: AnswerBatch) -> Tensor:
     """Log-probs of the labels under a model, (2B, S - 1), 0 where ignored."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     logp = token_stats_of(model, inputs, batch.labels).logp
@@ -56,7 +56,7 @@ class SideInputs:
         model: nn.Module,
         pairs: Sequence[TokenPair],
         batch_size: int,
-        make: Callable[[Sequence[TokenPair]], PairBatch],
+        make: Callable[[Sequence[TokenPair]], AnswerBatch],
         advance: Callable[[int], Any] = lambda count: None,
     ) -> None:
         self._loss, self._make, self._pairs = loss, make, pairs
@@ -75,14 +75,14 @@ class SideInputs:
             advance(len(part))
         model.train()
 
-    def reference(self, indices: Sequence[int], batch: PairBatch) -> Tensor:
+    def reference(self, indices: Sequence[int], batch: AnswerBatch) -> Tensor:
         """Reference log-probs in the shape of labels, 0 where ignored."""
         rows = [self._reference[i][side] for side in (0, 1) for i in indices]
         found = torch.zeros(batch.labels.shape, device=batch.labels.device)
         found[batch.labels != -100] = torch.cat(rows).to(found)
         return found
 
-    def __call__(self, indices: Sequence[int], batch: PairBatch, model: nn.Module) -> dict[str, Any]:
+    def __call__(self, indices: Sequence[int], batch: AnswerBatch, model: nn.Module) -> dict[str, Any]:
         """Side inputs of the pairs ``indices``, whose batch this is; ``model`` is the current policy."""
         reference = self.reference(indices, batch)
         count = len(indices)

@@ -24,7 +24,7 @@ from fused_po.cli.models import add_adapter, load_model, load_tokenizer, save_mo
 from fused_po.cli.report import plot
 from fused_po.ops.plain import plain_loss, plain_stats, rounding
 from fused_po.trainers.model import hidden_and_head, token_stats_of
-from fused_po.trainers.preferences import PairBatch, Preferences, TokenPair, collate
+from fused_po.trainers.preferences import AnswerBatch, Preferences, TokenPair, collate
 
 __all__ = ["train"]
 
@@ -173,7 +173,7 @@ class _Run:
         found = {"loss": loss, "grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0], **metrics}
         return {name: float(value) for name, value in found.items()}
 
-    def _loss_output(self, model: nn.Module, batch: PairBatch, inputs: dict[str, Any]) -> LossOutput:
+    def _loss_output(self, model: nn.Module, batch: AnswerBatch, inputs: dict[str, Any]) -> LossOutput:
         backbone, head = hidden_and_head(model)
         half = self.arguments.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -181,7 +181,7 @@ class _Run:
             return linear_loss(hidden[:, :-1], head.weight, batch.labels, self.loss, **head.options, **inputs)
 
     def _rewards(
-        self, indices: Sequence[int], batch: PairBatch, out: LossOutput, inputs: SideInputs
+        self, indices: Sequence[int], batch: AnswerBatch, out: LossOutput, inputs: SideInputs
     ) -> dict[str, Tensor]:
         """Reward accuracy and margin where a loss does not log its own: rewards are log-ratios to the reference."""
         assert out.stats.logp is not None
@@ -222,7 +222,7 @@ class _Run:
             random.Random(f"{self.arguments.seed} {epoch}").shuffle(order)
             yield step, order[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def _batch(self, pairs: Sequence[TokenPair]) -> PairBatch:
+    def _batch(self, pairs: Sequence[TokenPair]) -> AnswerBatch:
         return collate(pairs, self.tokenizer.pad_token_id).to(self.device)
 
     def _report_comparison(self) -> int:

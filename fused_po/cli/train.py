@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fused_po.cli.arguments import positive
+
 __all__ = ["add_parser"]
 
 _DATA = Path(__file__).parents[1] / "data"
@@ -26,15 +28,15 @@ def add_parser(commands: Any) -> None:
     add("--eval-data", type=Path, help="held-out pairs, same format; default: none, or those shipped with the set")
     add("--loss", default="sigmoid", help="a registered loss, default sigmoid (DPO)")
     add("--beta", type=float, help="the loss's beta, default its own")
-    add("--steps", type=_positive(int), default=60, help="optimizer steps, default 60")
-    add("--batch-size", type=_positive(int), default=4, help="pairs a step, default 4")
-    add("--lr", type=_positive(float), default=1e-4, help="peak learning rate of AdamW, default 1e-4")
+    add("--steps", type=positive(int), default=60, help="optimizer steps, default 60")
+    add("--batch-size", type=positive(int), default=4, help="pairs a step, default 4")
+    add("--lr", type=positive(float), default=1e-4, help="peak learning rate of AdamW, default 1e-4")
     add("--seed", type=int, default=0, help="of the tiny model, adapters and the order of pairs, default 0")
-    add("--lora", type=_positive(int), metavar="R", help="train a LoRA adapter of this rank; the head stays frozen")
-    add("--max-length", type=_positive(int), default=1024, help="tokens of prompt and answer together, default 1024")
+    add("--lora", type=positive(int), metavar="R", help="train a LoRA adapter of this rank; the head stays frozen")
+    add("--max-length", type=positive(int), default=1024, help="tokens of prompt and answer together, default 1024")
     add("--on-too-long", choices=("truncate", "refuse"), default="truncate", help="what to do with longer pairs")
-    add("--eval-every", type=_positive(int), default=20, metavar="N", help="steps between evaluations, default 20")
-    add("--save-every", type=_positive(int), default=50, metavar="N", help="steps between checkpoints, default 50")
+    add("--eval-every", type=positive(int), default=20, metavar="N", help="steps between evaluations, default 20")
+    add("--save-every", type=positive(int), default=50, metavar="N", help="steps between checkpoints, default 50")
     add("--device", help="default: a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast, weights stay float32")
     add("--compare", action="store_true", help="also take every step through full logits; exit 1 if the two disagree")
@@ -67,16 +69,3 @@ def run(arguments: argparse.Namespace) -> int:
     from fused_po.cli.loop import train
 
     return train(arguments)
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"a number is wanted, got {text!r}") from None
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    return parse

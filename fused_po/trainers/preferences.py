@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "PairBatch", "PreferenceError", "Preferences", "TokenPair", "collate", "mismatched"]
+__all__ = [
+    "IGNORE",
+    "AnswerBatch",
+    "PreferenceError",
+    "Preferences",
+    "TokenPair",
+    "collate",
+    "mismatched",
+    "pad_answers",
+]
 
 IGNORE = -100
 _KEYS = ("prompt", "chosen", "rejected")
@@ -32,21 +41,21 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """Pairs padded on the right: first half chosen, second half rejected.
+class AnswerBatch:
+    """Prompts with answers, padded on the right; of pairs the first half is chosen, the second rejected.
 
     Attributes:
-        input_ids: (2B, S) int64.
-        attention_mask: (2B, S) int64.
-        labels: (2B, S - 1) int64, shifted: position t holds the token that t predicts; -100 on prompts and padding.
+        input_ids: (B, S) int64.
+        attention_mask: (B, S) int64.
+        labels: (B, S - 1) int64, shifted: position t holds the token that t predicts; -100 on prompts and padding.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> AnswerBatch:
+        return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,13 @@ class Preferences:
         self.pairs.append(pair)
 
 
-def collate(pairs: Sequence[TokenPair], pad: int) -> PairBatch:
+def collate(pairs: Sequence[TokenPair], pad: int) -> AnswerBatch:
     """Pad pairs to a batch: chosen answers first, then the rejected ones in the same order."""
-    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    return pad_answers([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs], pad)
+
+
+def pad_answers(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> AnswerBatch:
+    """Pad prompts with an answer each, token ids, on the right."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(input_ids)
@@ -125,7 +138,7 @@ def collate(pairs: Sequence[TokenPair], pad: int) -> PairBatch:
         input_ids[row, :length] = torch.tensor(prompt + answer)
         mask[row, :length] = 1
         targets[row, len(prompt) : length] = input_ids[row, len(prompt) : length]
-    return PairBatch(input_ids, mask, targets[:, 1:].contiguous())
+    return AnswerBatch(input_ids, mask, targets[:, 1:].contiguous())
 
 
 def mismatched(pairs: Sequence[TokenPair]) -> list[TokenPair]:

@@ -1,0 +1,228 @@
+"""DPO on pairs and PPO (or GRPO) on rollouts, both through ``linear_loss``."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_po import advantages, linear_loss, losses
+from fused_po.diagnostics import Examples
+from fused_po.losses import Loss
+from fused_po.splits import Split
+from fused_po.study.policy import Language, Sample, sample, token_logp
+from fused_po.study.settings import Settings
+from fused_po.study.task import Prompt, reward
+from fused_po.trainers.model import hidden_and_head
+from fused_po.trainers.preferences import AnswerBatch
+
+__all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "pair_examples", "supervise"]
+
+# of an answer: three terms of three digits, two signs and the end are 12
+MAX_TOKENS = 14
+
+
+def supervise(
+    model: Any, language: Language, demonstrations: Iterator[list[Sample]], settings: Settings
+) -> Iterator[int]:
+    """Train on demonstrations; yields the number of steps done after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.sft_lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.sft_lr, total_steps=settings.sft_steps)
+    loss = losses.create("sft")
+    model.train()
+    for step in range(1, settings.sft_steps + 1):
+        batch = language.pad(next(demonstrations), next(model.parameters()).device)
+        _backward(model, batch, loss, None, {})
+        _update(optimizer, model)
+        schedule.step()
+        yield step
+    model.eval()
+
+
+def pair_examples(
+    start: nn.Module, language: Language, pairs: Sequence[tuple[Sample, Sample]], device: torch.device
+) -> Examples:
+    """Pairs of a right and a wrong answer as examples for DPO, with the start as the reference."""
+    batch = language.pad([right for right, _ in pairs] + [wrong for _, wrong in pairs], device)
+    with torch.no_grad():
+        reference = token_logp(start, batch).double().sum(1)
+    return Examples(_inputs(batch), batch.labels, {"ref_logp": reference})
+
+
+class Learner:
+    """A model in training; ``loss`` is what it descends on, ``split`` how the sides of it count."""
+
+    def __init__(self, model: nn.Module, loss: Loss, split: Split | None, lr: float, settings: Settings) -> None:
+        self.model, self.loss, self.split, self.settings = model, loss, split, settings
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        self.done = 0
+
+    def step(self) -> None:
+        """One update of the policy."""
+        raise NotImplementedError
+
+    def examples(self) -> Examples:
+        """D at the model's parameters."""
+        raise NotImplementedError
+
+    def _learn(self, examples: Examples) -> None:
+        split = None if self.split is None else self.split.at(self.done / self.settings.steps)
+        batch = AnswerBatch(examples.inputs["input_ids"], examples.inputs["attention_mask"], examples.labels)
+        _backward(self.model, batch, self.loss, split, dict(examples.side_inputs))
+        _update(self.optimizer, self.model)
+        self.done += 1
+
+
+class PairLearner(Learner):
+    """DPO: the same pairs again and again, in an order of its own."""
+
+    def __init__(
+        self,
+        start: nn.Module,
+        language: Language,
+        pairs: Sequence[tuple[Sample, Sample]],
+        split: Split | None,
+        settings: Settings,
+        seed: int,
+    ) -> None:
+        loss = losses.create("sigmoid", beta=settings.beta)
+        super().__init__(copy.deepcopy(start), loss, split, settings.dpo_lr, settings)
+        self._all = pair_examples(start, language, pairs, self.device)
+        self._order = self._orders(len(pairs), random.Random(seed))
+        self._probe = _rows(self._all, _both(range(min(len(pairs), settings.samples // 2)), len(pairs)))
+
+    def step(self) -> None:
+        self._learn(_rows(self._all, next(self._order)))
+
+    def examples(self) -> Examples:
+        return self._probe
+
+    def _orders(self, count: int, draw: random.Random) -> Iterator[list[int]]:
+        size = min(self.settings.batch // 2, count)
+        while True:
+            order = draw.sample(range(count), count)
+            for first in range(0, count - size + 1, size):
+                yield _both(order[first : first + size], count)
+
+
+class RolloutLearner(Learner):
+    """PPO with a clip, a value model of its own and GAE; or GRPO. Rewards stand at the last token of an answer."""
+
+    def __init__(
+        self,
+        start: nn.Module,
+        language: Language,
+        prompts: Sequence[Prompt],
+        split: Split | None,
+        settings: Settings,
+        seed: int,
+    ) -> None:
+        loss = losses.create(settings.policy_loss, epsilon=settings.epsilon)
+        super().__init__(copy.deepcopy(start), loss, split, settings.ppo_lr, settings)
+        self._language, self._prompts, self._random = language, prompts, random.Random(seed)
+        self._critic = None if settings.policy_loss == "grpo" else _Critic(start, settings.critic_lr)
+        self._waiting: list[Examples] = []
+
+    def step(self) -> None:
+        if not self._waiting:
+            rollouts = self._rollouts(self.settings.batch * self.settings.minibatches)
+            for _ in range(self.settings.epochs):
+                order = self._random.sample(range(rollouts.labels.shape[0]), rollouts.labels.shape[0])
+                for first in range(0, len(order), self.settings.batch):
+                    self._waiting.append(_rows(rollouts, order[first : first + self.settings.batch]))
+        examples = self._waiting.pop(0)
+        if self._critic is not None:
+            self._critic.learn(examples)
+        side_inputs = {name: value for name, value in examples.side_inputs.items() if name in self.loss.needs}
+        self._learn(Examples(examples.inputs, examples.labels, side_inputs))
+
+    def examples(self) -> Examples:
+        """Fresh rollouts: before an update the ratio to the sampling policy is 1, and nothing is clipped."""
+        rollouts = self._rollouts(self.settings.samples)
+        return Examples(rollouts.inputs, rollouts.labels, {"advantage": rollouts.side_inputs["advantage"]})
+
+    def _rollouts(self, count: int) -> Examples:
+        generations = self.settings.generations
+        prompts = [p for p in self._random.choices(self._prompts, k=count // generations) for _ in range(generations)]
+        samples = sample(self.model, self._language, prompts, MAX_TOKENS)
+        rewards = torch.tensor([reward(one.prompt, one.text) for one in samples], device=self.device)
+        batch = self._language.pad(samples, self.device)
+        with torch.no_grad():
+            found = {"old_logp": token_logp(self.model, batch)}
+        if self._critic is None:
+            found["advantage"] = advantages.group_relative(rewards, num_generations=generations)
+        else:
+            found |= self._critic.judge(batch, rewards)
+        return Examples(_inputs(batch), batch.labels, found)
+
+
+class _Critic:
+    """A value model: a copy of the start's backbone with one number per position."""
+
+    def __init__(self, start: nn.Module, lr: float) -> None:
+        self._model = copy.deepcopy(start)
+        _, head = hidden_and_head(self._model)
+        self._head = nn.Linear(head.weight.shape[1], 1).to(head.weight)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        self._parameters = [*self._model.parameters(), *self._head.parameters()]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=0.0)
+
+    def _values(self, inputs: Any) -> Tensor:
+        backbone, _ = hidden_and_head(self._model)
+        values: Tensor = self._head(backbone(**inputs)[:, :-1])[..., 0]
+        return values
+
+    @torch.no_grad()
+    def judge(self, batch: AnswerBatch, rewards: Tensor) -> dict[str, Tensor]:
+        """Advantages, whitened, with returns and values, (B, S - 1) each."""
+        mask, values = batch.labels != -100, self._values(_inputs(batch))
+        # the reward stands at the last token of each answer
+        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+        found, returns = advantages.gae(torch.where(last, rewards.unsqueeze(1), 0.0), values, mask)
+        return {"advantage": advantages.whiten(found, mask), "returns": returns, "values": values}
+
+    def learn(self, examples: Examples) -> None:
+        values, given = self._values(examples.inputs), examples.side_inputs
+        losses.value_loss(values, given["returns"], given["values"], examples.labels != -100).backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _backward(
+    model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: dict[str, Any]
+) -> None:
+    backbone, head = hidden_and_head(model)
+    hidden = backbone(**_inputs(batch))[:, :-1]
+    out = linear_loss(hidden, head.weight, batch.labels, loss, split=split, **head.options, **side_inputs)
+    if not out.loss.isfinite():
+        raise FloatingPointError(f"the loss is {out.loss.item()}; a smaller learning rate?")
+    out.loss.backward()
+
+
+def _update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _inputs(batch: AnswerBatch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _rows(examples: Examples, rows: Sequence[int]) -> Examples:
+    index = torch.tensor(rows, device=examples.labels.device)
+    taken = ({name: value[index] for name, value in given.items()} for given in (examples.inputs, examples.side_inputs))
+    inputs, side_inputs = taken
+    return Examples(inputs, examples.labels[index], side_inputs)
+
+
+def _both(pairs: Sequence[int], count: int) -> list[int]:
+    """The rows of pairs: first half chosen, second half rejected."""
+    return [*pairs, *(count + pair for pair in pairs)]

@@ -1,0 +1,129 @@
+"""The policy: a small model with one token per character, or any causal language model; sampling from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_po.study.task import ALPHABET, Prompt
+from fused_po.trainers.model import token_stats_of
+from fused_po.trainers.preferences import AnswerBatch, pad_answers
+
+__all__ = ["Language", "Sample", "new_model", "sample", "tiny_tokenizer", "token_logp"]
+
+_PAD, _END = "<|pad|>", "<|end|>"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to a prompt.
+
+    Attributes:
+        prompt: what was asked.
+        ids: token ids of the answer, the end of the sequence included where it was reached.
+        text: the answer.
+    """
+
+    prompt: Prompt
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Language:
+    """Prompts and answers in the tokens of a model."""
+
+    tokenizer: Any
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt.text)["input_ids"]
+        # a tokenizer may end what it encodes; the answer comes behind that
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def answer(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def pad(self, samples: Sequence[Sample], device: torch.device) -> AnswerBatch:
+        rows = [(self.prompt(one.prompt), one.ids) for one in samples]
+        return pad_answers(rows, self.tokenizer.pad_token_id).to(device)
+
+    def written(self, prompt: Prompt, text: str) -> Sample:
+        """The sample that a text is."""
+        return Sample(prompt, self.answer(text), text)
+
+
+def tiny_tokenizer() -> Any:
+    """One token per character of the task."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate((_PAD, _END, *ALPHABET))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END, unk_token=_PAD)
+
+
+def new_model(tokenizer: Any, hidden_size: int, layers: int, seed: int) -> Any:
+    """A random Llama for the task's own tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, hidden_size // 32),
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@torch.no_grad()
+def sample(model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int) -> list[Sample]:
+    """An answer to each prompt, drawn at temperature 1."""
+    tokenizer, device = language.tokenizer, next(model.parameters()).device
+    rows = [language.prompt(prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    # on the left, so that all answers begin in the same column
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    training = model.training
+    model.eval()
+    drawn = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.train(training)
+    found = []
+    for prompt, row in zip(prompts, drawn[:, width:].tolist(), strict=True):
+        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+        text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+        found.append(Sample(prompt, row[: end + 1], text))
+    return found
+
+
+def token_logp(model: nn.Module, batch: AnswerBatch) -> Tensor:
+    """Log-probs of the answers' tokens, (B, S - 1), 0 elsewhere."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logp = token_stats_of(model, inputs, batch.labels).logp
+    assert logp is not None
+    return logp

@@ -1,0 +1,111 @@
+"""What a study is made of; the defaults fit a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fused_po import splits
+from fused_po.splits import Split
+
+__all__ = ["ARMS", "METHODS", "QUICK", "Settings"]
+
+METHODS = ("dpo", "ppo")
+
+# by method, what is trained: the method itself, the ablations, and the controlled variant
+ARMS: dict[str, dict[str, Split | None]] = {
+    method: {
+        "full": None,
+        "no negative": splits.positive_only(),
+        "no positive": splits.negative_only(),
+        "no reweighting": splits.no_reweighting(),
+        "controlled": controlled,
+    }
+    for method, controlled in (("dpo", splits.controlled_dpo()), ("ppo", splits.controlled_ppo()))
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a study.
+
+    Attributes:
+        model: ``tiny``, a random Llama with a token per character, or a folder or hub id of transformers.
+        hidden_size, layers: of the tiny model.
+        largest: totals of the task go from 10 to this.
+        noise: share of wrong sums in the demonstrations, so that the start has something to learn.
+        sft_steps, sft_lr, sft_batch: of the supervised start, common to all arms of a seed.
+        steps: updates of DPO, and of PPO (each rollout gives ``epochs`` x ``minibatches`` of them).
+        pairs: preference pairs that DPO learns from, a right and a wrong answer of the start each.
+        batch: answers in an update.
+        dpo_lr, ppo_lr: learning rates.
+        beta: DPO's.
+        policy_loss: ``ppo`` (clip, value model, GAE per token) or ``grpo`` (group-relative, no value model).
+        epsilon: PPO's clip.
+        epochs, minibatches: PPO's, per rollout.
+        generations: answers to each prompt in a rollout.
+        critic_lr: of the value model.
+        checkpoints: how many models of a run are kept for G, the first and the last included.
+        samples: answers that an evaluation, D and D' are made of.
+        estimator: ``exact`` or ``directional``.
+        device: where it runs.
+    """
+
+    model: str = "tiny"
+    hidden_size: int = 64
+    layers: int = 2
+    largest: int = 30
+    noise: float = 0.4
+    sft_steps: int = 600
+    sft_lr: float = 4e-3
+    sft_batch: int = 128
+    steps: int = 240
+    pairs: int = 512
+    batch: int = 64
+    dpo_lr: float = 1e-4
+    ppo_lr: float = 3e-4
+    beta: float = 0.1
+    policy_loss: str = "ppo"
+    epsilon: float = 0.2
+    epochs: int = 2
+    minibatches: int = 2
+    generations: int = 4
+    critic_lr: float = 1e-3
+    checkpoints: int = 13
+    samples: int = 256
+    estimator: str = "exact"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        low = {"largest": 11, "checkpoints": 2, "generations": 2 if self.policy_loss == "grpo" else 1}
+        counts = ("hidden_size", "layers", "sft_steps", "sft_batch", "steps", "pairs", "batch", "epochs")
+        for name in (*low, *counts, "minibatches", "samples"):
+            if getattr(self, name) < low.get(name, 1):
+                raise ValueError(f"{name} must be at least {low.get(name, 1)}: got {getattr(self, name)}")
+        for name in ("sft_lr", "dpo_lr", "ppo_lr", "critic_lr", "beta", "epsilon"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
+        if not 0.0 <= self.noise < 1.0:
+            raise ValueError(f"noise must lie in [0, 1): got {self.noise}")
+        for name, choices in (("policy_loss", ("ppo", "grpo")), ("estimator", ("exact", "directional"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {getattr(self, name)!r}")
+        if self.model == "tiny" and self.hidden_size % 32:
+            raise ValueError(f"hidden_size must be a multiple of 32: got {self.hidden_size}")
+        if self.checkpoints > self.steps + 1:
+            raise ValueError(f"checkpoints must be at most steps + 1, {self.steps + 1}: got {self.checkpoints}")
+        if self.batch % 2 or self.batch % self.generations:
+            raise ValueError(f"batch must be even and a multiple of generations: got {self.batch}")
+
+
+# of ``--quick``: it shows that everything runs, not what preference optimization does
+QUICK: dict[str, int] = {
+    "hidden_size": 32,
+    "layers": 1,
+    "largest": 14,
+    "sft_steps": 120,
+    "steps": 24,
+    "pairs": 32,
+    "batch": 16,
+    "checkpoints": 4,
+    "samples": 32,
+}
