@@ -175,8 +175,13 @@ class _Seed:
         for folder, alignment in found.items():
             self._record(method, "full", kept[folder][0], {f"G/{part}": alignment[part] for part in alignment.values})
 
-    @torch.no_grad()
     def _evaluate(self, model: Any) -> dict[str, float]:
+        # the same draws for every arm and step, and training goes on as if there had been none
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.seed)
+            return self._measure(model)
+
+    def _measure(self, model: Any) -> dict[str, float]:
         model.eval()
         found = {}
         for name, prompts in (("train", self.train), ("held_out", self.held_out)):
