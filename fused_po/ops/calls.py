@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,10 @@ GIB = 1 << 30
 DEFAULT_SCRATCH_BYTES = {"cpu": GIB // 16}
 
 
+def _whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class HeadCall:
     """Arguments that are not tensors, or never differentiated."""
@@ -31,6 +38,8 @@ class HeadCall:
     backend: str | None
     wanted: Wanted
     plan: Plan
+    # a context in which a sharded head is whole, of its weight and bias
+    gather: Callable[..., AbstractContextManager[Any]] = _whole
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head as the sweep sees it."""

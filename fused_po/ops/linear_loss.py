@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import HORIZONS, Batch, Loss
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
+from fused_po.ops.checks import check_outputs
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
@@ -40,6 +42,7 @@ def linear_loss(
     num_sequences: Number | None = None,
     split: Split | None = None,
     split_gradients: bool | str = False,
+    outputs: Sequence[str] = (),
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
     vocab_size: int | None = None,
@@ -74,6 +77,7 @@ def linear_loss(
             bottom third by the loss's own weight, which makes the batch the horizon. No further FLOP: the parts share
             the rows. It costs a dW for each part and a copy of dH, outside ``scratch_bytes``, and waits for each tile
             once.
+        outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
@@ -93,6 +97,8 @@ def linear_loss(
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
+    if outputs != ():
+        check_outputs(outputs)
     ready = prepare(
         hidden,
         weight,
@@ -115,8 +121,9 @@ def linear_loss(
     names = part_names(split_gradients)
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
-    value, *packed = _LinearLoss.apply(*tensors, call, loss, split, names, kept, batch)
-    stats = Stats(**dict(zip(loss.statistics, packed, strict=True)))
+    asked = tuple(name for name in STATISTICS if name in loss.statistics or name in outputs)
+    value, *packed = _LinearLoss.apply(*tensors, call, loss, split, names, kept, batch, asked)
+    stats = Stats(**dict(zip(asked, packed, strict=True)))
     with torch.no_grad():
         metrics = loss.metrics(masked_stats(stats, layout.mask), batch)
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
@@ -139,16 +146,17 @@ class _LinearLoss(torch.autograd.Function):
         names: tuple[str, ...],
         kept: dict[str, Tensor],
         batch: Batch,
+        asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _Run(call, call.head(weight, bias), loss, split, names, hidden, labels, temperatures)
+            run = _Run(call, call.head(weight, bias), loss, split, names, asked, hidden, labels, temperatures)
             value, factor, stats = run(batch)
             gradients = run.gradients.finish()
             if names:
                 run.keep_parts(kept)
             ctx.save_for_backward(factor, *gradients)
-        packed = tuple(stats[name] for name in loss.statistics)
+        packed = tuple(stats[name] for name in asked)
         ctx.mark_non_differentiable(*packed)
         return value.to(run.head.accumulation_dtype), *packed
 
@@ -159,7 +167,7 @@ class _LinearLoss(torch.autograd.Function):
         factor, *gradients = ctx.saved_tensors
         scale = grad_output * factor
         found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (*found, *[None] * 8)
+        return (*found, *[None] * 9)
 
 
 class _Run:
@@ -172,17 +180,19 @@ class _Run:
         loss: Loss,
         split: Split | None,
         names: tuple[str, ...],
+        asked: tuple[str, ...],
         hidden: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
     ) -> None:
         self.call, self.head, self.loss, self.split, self.names = call, head, loss, split, names
+        self.asked = asked
         self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
         self.unscaled = loss.differentiates == ("logp",)
         self.budget = Budget.of(
             call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted, copies=bool(names)
         )
-        self.outputs = tuple(dict.fromkeys((*loss.statistics, "logp")))
+        self.outputs = tuple(dict.fromkeys((*asked, "logp")))
         self.gradients = Gradients(call.wanted, hidden, head, max(1, len(names)))
         self.groups: list[tuple[Rows, Tensor]] = []
         self.workspace = Workspace(head)
@@ -205,7 +215,7 @@ class _Run:
                 found, stats, factor = self._deferred(chunk, part, pattern.to(wide))
             value = value + found
             parts.append((chunk.rows, stats))
-        return value, factor, {name: self._collect(name, parts) for name in self.loss.statistics}
+        return value, factor, {name: self._collect(name, parts) for name in self.asked}
 
     def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
         """The pattern of the coefficients, where their scalar must be waited for: one horizon that does not fit."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ def linear_token_stats(
     plan: Plan | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    gather: Callable[..., AbstractContextManager[Any]] | None = None,
 ) -> Stats:
     """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
     logits.
@@ -57,6 +60,8 @@ def linear_token_stats(
         plan: from ``make_plan``; None makes one, which waits for the labels once.
         vocab_size: classes, where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it,
+            backward enters it again.
 
     Returns:
         Statistics in the shape of labels, float32 (float64 for float64), 0 where ignored.
@@ -69,8 +74,9 @@ def linear_token_stats(
         hidden, weight, labels, bias, temperature, softcap, logit_scale, None, scratch_bytes, plan, vocab_size, backend
     )
     asked = tuple(name for name in STATISTICS if name in outputs)
+    call = ready.call if gather is None else replace(ready.call, gather=gather)
     values = _LinearTokenStats.apply(
-        ready.hidden, ready.weight, ready.bias, ready.layout.row_labels, ready.temperatures, ready.call, asked
+        ready.hidden, ready.weight, ready.bias, ready.layout.row_labels, ready.temperatures, call, asked
     )
     return Stats(**{name: ready.layout.fill(value) for name, value in zip(asked, values, strict=True)})
 
@@ -109,7 +115,7 @@ class _LinearTokenStats(torch.autograd.Function):
         given = dict(zip(ctx.asked, grad_outputs, strict=True))
         triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
         unscaled = triple.entropy is None and triple.lse is None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), call.gather(weight, bias):
             gradients = Gradients(call.wanted, hidden, call.head(weight, bias))
             if any(c is not None for c in triple):
                 sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=unscaled, home=home)

@@ -77,7 +77,8 @@ class LossOutput:
     Attributes:
         loss: (), float32 (float64 for float64); call ``.backward()`` on it, once.
         metrics: detached scalars, named as TRL names them.
-        stats: detached, in the shape of labels, those statistics that the loss and its metrics read; 0 where ignored.
+        stats: detached, in the shape of labels, those statistics that the loss and its metrics read, and
+            those asked for; 0 where ignored.
         split_gradients: gradients of the parts, where they were asked for; those of the loss itself, whatever
             ``backward`` is called with.
     """
