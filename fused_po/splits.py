@@ -76,7 +76,7 @@ class Split:
         by: ``role``: the paper's sides, chosen and rejected answers, or the sign of the advantage. ``direction``: the
             sign of c itself; they differ where a loss pulls a chosen answer down (SPPO beyond its target).
         population: over what the mean and the thirds are taken: ``horizon``, each horizon of the loss for itself (a
-            pair of DPO or a token of PPO: too small to change anything); ``batch``, which makes the batch the horizon;
+            pair of DPO or a token of PPO has a mean, but no thirds); ``batch``, which makes the batch the horizon;
             or ``running``, given as ``running_mean`` and ``running_tertiles``. Samples are answers where the loss
             weighs answers, else tokens.
         clip_max: bound of ``clip``.
@@ -132,8 +132,19 @@ class Split:
         return self._value(self.positive, self.progress), self._value(self.negative, self.progress)
 
     def horizon(self, loss: Loss) -> str:
-        """What a loss must see whole under this split."""
-        return HORIZONS[-1] if self.population == "batch" and self.reweight in OF_POPULATION else loss.horizon
+        """What a loss must see whole under this split.
+
+        Raises:
+            ValueError: thirds of a population too small to have any.
+        """
+        if self.population == "batch" and self.reweight in OF_POPULATION:
+            return HORIZONS[-1]
+        small = self.population == "horizon" and loss.horizon in ("token", "sequence", "pair")
+        if small and self.reweight == "tertiles":
+            raise ValueError(
+                f"a {loss.horizon}, the horizon of {loss.name!r}, has no thirds: take population='batch' or 'running'"
+            )
+        return loss.horizon
 
     def __call__(self, c: Tensor, role: Tensor, weight: Tensor, batch: Batch, loss: Loss) -> Tensor:
         """The coefficients (N,) of the sided terms of a loss, scaled.
@@ -157,6 +168,8 @@ class Split:
         samples = batch.mean_per_sequence(weight) if loss.weighs_sequences else weight  # (M,)
         if callable(self.reweight):
             new = self.reweight(samples)
+            if not isinstance(new, Tensor) or new.shape != samples.shape:
+                raise ValueError(f"reweight must return weights {tuple(samples.shape)} for weights of that shape")
         elif self.reweight == "clip":
             new = samples.clamp(max=self.clip_max)
         elif self.reweight == "power":

@@ -143,6 +143,8 @@ def test_bad_input():
         call(Policy(), [data], loss, [target], method="fast", stats=stats_of)
     with pytest.raises(ValueError, match="reduction must be one of"):
         call(Policy(), [data], loss, [target], reduction="mean", stats=stats_of)
+    with pytest.raises(ValueError, match="directional needs parameters of 32 bits"):
+        call(Policy().bfloat16(), [data], loss, [target], stats=stats_of)
     with pytest.raises(ValueError, match="step must be above 0"):
         call(Policy(), [data], loss, [target], step=0.0, stats=stats_of)
     with pytest.raises(ValueError, match="requires a gradient"):

@@ -171,7 +171,7 @@ def test_horizon():
     assert Split().horizon(dpo) == "pair" and Split(reweight="clip").horizon(ppo) == "token"
     assert splits.no_reweighting().horizon(dpo) == "batch"
     assert splits.no_reweighting("running", 0.5).horizon(ppo) == "token"
-    assert Split(reweight="tertiles", population="horizon").horizon(dpo) == "pair"
+    assert Split(reweight="none", population="horizon").horizon(dpo) == "pair"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def by_layer(name: str) -> str:
     return words[-2] if len(words) > 1 else name
 
 
+@torch.enable_grad()
 def gradient_alignment(
     model: nn.Module,
     batches: Sequence[Examples],
@@ -99,6 +100,11 @@ def gradient_alignment(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient")
+    halves = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if method == "directional" and halves:
+        raise ValueError(
+            f"directional needs parameters of 32 bits or more, a small step is lost in {halves[0]}: exact does not"
+        )
     block_of = {name: "all" if blocks is None else blocks(name) for name in parameters}
     direction = _target_gradient(model, parameters, target, reduction, stats)
     run = _Run(model, parameters, block_of, direction, loss, stats, step)
@@ -119,7 +125,9 @@ def _target_gradient(
     labels = [examples.labels for examples in target]
     counted = (one >= 0 if reduction == "token" else (one >= 0).any(-1) for one in labels)
     count = sum(int(one.sum()) for one in counted)
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
+    }
     for examples in target:
         try:
             logp = stats(model, examples.inputs, examples.labels, ("logp",)).logp

@@ -71,6 +71,7 @@ class Dynamics:
         return found | {"offset_cosine": self.offset_cosine}
 
 
+@torch.enable_grad()
 def learning_dynamics(
     model: nn.Module,
     batches: Sequence[Examples],

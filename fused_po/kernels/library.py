@@ -2,7 +2,7 @@
 
 They exist on every machine and pass ``torch.library.opcheck``. Arguments are flat because schemas are:
 ``temperatures`` to ``logit_scale`` spell a ``Transform``, ``start`` and ``stop`` a ``Span``, ``outputs`` is a
-comma-separated list from ``STATISTICS``.
+comma-separated list from ``STATISTICS``. Labels reach a backend contiguous.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def row_stats(
     x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], backend: str | None
 ) -> Tensor:
     """Partial statistics (7, N) of raw head outputs ``x`` (N, V), see ``contract``."""
-    return torch.ops.fused_po.row_stats(x, labels, *_flat(transform), *span, ",".join(outputs), backend)
+    return torch.ops.fused_po.row_stats(x, labels.contiguous(), *_flat(transform), *span, ",".join(outputs), backend)
 
 
 def row_softmax(
@@ -33,7 +33,7 @@ def row_softmax(
     backend: str | None,
 ) -> Tensor:
     """Partial statistics (7, N), and the unscaled gradient tile into ``out`` (N, V), or in place where that is None."""
-    arguments = (labels, *_flat(transform), *span, ",".join(outputs), backend)
+    arguments = (labels.contiguous(), *_flat(transform), *span, ",".join(outputs), backend)
     if out is None:
         return torch.ops.fused_po.row_softmax_(x, *arguments)
     return torch.ops.fused_po.row_softmax_into(x, out, *arguments)
@@ -50,7 +50,7 @@ def row_grad(
     backend: str | None,
 ) -> None:
     """``dL/dx`` into ``out`` (N, V), or in place where that is None."""
-    arguments = (labels, *_flat(transform), *span, anchors, *coefficients, backend)
+    arguments = (labels.contiguous(), *_flat(transform), *span, anchors, *coefficients, backend)
     if out is None:
         torch.ops.fused_po.row_grad_(x, *arguments)
     else:

@@ -109,7 +109,9 @@ class Loss(ABC):
         reads = self.needs & SIDE_INPUTS
         unknown = given - SIDE_INPUTS
         if unknown:
-            raise ValueError(f"unknown side input {listed(unknown)}: expected some of {listed(SIDE_INPUTS)}")
+            raise ValueError(
+                f"unknown argument or side input {listed(unknown)}: expected side inputs among {listed(SIDE_INPUTS)}"
+            )
         unread = given - reads
         if unread:
             raise ValueError(f"loss {self.name!r} does not read {listed(unread)}; it reads {listed(reads) or 'none'}")

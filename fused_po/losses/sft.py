@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Sft(Loss):
     """
 
     paired: bool = False
+
+    weighs_sequences: ClassVar[bool] = False
 
     @property
     def horizon(self) -> str:

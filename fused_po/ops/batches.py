@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, TOKEN_FLAGS, Batch
-from fused_po.ops.checks import IGNORE, same_device
+from fused_po.ops.checks import IGNORE, looks_at, same_device
 from fused_po.ops.planning import Chunk, Plan, Rows
 from fused_po.stats import Stats
 
@@ -43,23 +43,27 @@ class Layout:
         """Lay out labels by a plan.
 
         Raises:
-            ValueError: a plan of other labels; that other positions carry loss is noticed on a CPU only.
+            ValueError: a plan of other labels; that other positions carry loss is noticed on a CPU, or with
+            ``FUSED_PO_CHECK=1``.
         """
         if plan.positions != labels.numel() or plan.segments.device != labels.device:
             raise ValueError(
                 f"the plan is of {plan.positions} labels on {plan.segments.device}: "
                 f"got {labels.numel()} on {labels.device}"
             )
+        if labels.ndim == 2 and len(plan.lengths) != labels.shape[0]:
+            raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got labels {tuple(labels.shape)}")
         count, segments = sum(plan.lengths), plan.segments
         rows = Rows(((0, count),), plan.rows)
         row_labels = rows.gather(labels.reshape(-1))
         sequences = torch.arange(len(plan.lengths), device=labels.device)
         sequence_of = sequences.repeat_interleave(segments, output_size=count)
         mask = row_labels != IGNORE if plan.masked else None
-        # a GPU would have to wait for this
-        looks = mask is None and labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and (bool((row_labels == IGNORE).any()) or int((labels != IGNORE).sum()) != count):
-            raise ValueError("the plan is of labels with other loss tokens")
+        if mask is None and looks_at(labels):
+            kept = labels != IGNORE
+            moved = bool((row_labels == IGNORE).any()) or int(kept.sum()) != count
+            if moved or (labels.ndim == 2 and not torch.equal(kept.sum(1), segments)):
+                raise ValueError("the plan is of labels with other loss tokens")
         return Layout(labels, rows, row_labels, segments, sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
@@ -186,16 +190,21 @@ def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
 
 
 def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
-    """What a loss divides by, (); a tensor is not looked at, but 1 at least."""
+    """What a loss divides by, (); a tensor is not looked at, and counts as 1 where it is 0."""
     if not isinstance(value, Tensor) and not 0 < value < float("inf"):
         raise ValueError(f"{name} must be above 0: got {value}")
-    return _number(value, device).clamp_min(1)
+    found = _number(value, device)
+    return torch.where(found > 0, found, 1.0)
 
 
 def _number(value: Number, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"a normaliser must be one number: got shape {tuple(value.shape)}")
-        return value.detach().reshape(()).double().to(device)
+        if value.device == device or torch.compiler.is_compiling():
+            return value.detach().reshape(()).double().to(device)
+        if value.device.type != "cpu":
+            raise ValueError(f"a normaliser must be on {device} or on the CPU: got {value.device}")
+        value = value.item()
     # filled there: a copy from the host would wait for it
     return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_po.ops.batches import Layout
-from fused_po.ops.checks import check_head, check_labels, check_scalars, row_temperatures
+from fused_po.ops.checks import check_head, check_labels, check_scalars, require_tensors, row_temperatures
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
-from fused_po.ops.planning import Plan, make_plan, static_plan
+from fused_po.ops.planning import Plan, default_plan
 
 __all__ = ["HeadCall", "prepare"]
 
@@ -95,6 +95,8 @@ def prepare(
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
     check_labels(labels, weight.shape[0])
+    if cu_seqlens is not None:
+        require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is not None and labels.ndim != 1:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
@@ -102,9 +104,9 @@ def prepare(
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
     if plan is None:
-        traced = torch.compiler.is_compiling() or _capturing(hidden)
-        packed = cu_seqlens is not None
-        plan = static_plan(labels, packed) if traced else make_plan(labels, cu_seqlens=cu_seqlens)
+        plan = default_plan(labels, cu_seqlens)
+    elif cu_seqlens is not None and cu_seqlens.numel() != len(plan.lengths) + 1:
+        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
     layout = Layout.of(labels, plan)
     dtype = compute_dtype(hidden)
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)))
@@ -124,10 +126,6 @@ def prepare(
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)
     return Prepared(call, layout, hidden.reshape(-1, hidden.shape[-1]), weight, bias, temperatures)
-
-
-def _capturing(hidden: Tensor) -> bool:
-    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _sequence_of_positions(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ __all__ = [
     "check_labels",
     "check_outputs",
     "check_scalars",
+    "looks_at",
     "require_tensors",
     "row_temperatures",
 ]
@@ -33,6 +34,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         ValueError: anything that does not fit.
     """
     require_tensors(hidden=hidden, weight=weight, labels=labels)
+    if bias is not None:
+        require_tensors(bias=bias)
     if hidden.ndim not in (2, 3) or labels.shape != hidden.shape[:-1]:
         raise ValueError(
             "hidden must be (B, S, H) or (N, H) and labels the same without H: "
@@ -76,7 +79,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     """
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64: got {labels.dtype}")
-    if not _looks(labels):
+    if not looks_at(labels):
         return
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
@@ -121,6 +124,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
     """
     if cu_seqlens is None:
         return torch.tensor([0, count])
+    require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor: got {_shape(cu_seqlens)} {cu_seqlens.dtype}")
     bounds = cu_seqlens.detach().to("cpu", torch.int64)
@@ -145,7 +149,7 @@ def row_temperatures(
     if not isinstance(temperature, Tensor):
         return None
     found = _spread_temperatures(temperature, labels, spread, dtype)
-    if _looks(labels):
+    if looks_at(labels):
         read = found[labels.reshape(-1) != IGNORE]
         if not bool(((read > 0) & read.isfinite()).all()):
             raise ValueError("temperature must be positive and finite for every loss token")
@@ -168,7 +172,7 @@ def _spread_temperatures(temperature: Tensor, labels: Tensor, spread: Tensor | N
     )
 
 
-def _looks(tensor: Tensor) -> bool:
+def looks_at(tensor: Tensor) -> bool:
     """Values are looked at where that costs no wait, or where it was asked for."""
     asked = tensor.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
     return asked and not torch.compiler.is_compiling() and tensor.numel() > 0

@@ -14,7 +14,7 @@ from fused_po.losses.contract import Batch, Loss, total
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
-__all__ = ["coefficients", "sided_coefficients"]
+__all__ = ["coefficients", "loss_value", "sided_coefficients"]
 
 
 def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = None) -> tuple[Tensor, Coefficients]:
@@ -45,6 +45,13 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
         for name in sided:
             summed[name] = summed.get(name, 0.0) + factor * (sided[name] + rest[name])
     return value, Coefficients(**{name: c.to(stats.logp.dtype) for name, c in summed.items()})
+
+
+def loss_value(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
+    """The value alone, (), float64: without derivatives it also runs in inference mode."""
+    terms = loss(stats, batch)
+    assert stats.logp is not None
+    return total(terms).double() if terms else stats.logp.new_zeros((), dtype=torch.float64)
 
 
 def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:

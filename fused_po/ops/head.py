@@ -59,7 +59,7 @@ class Head:
     def logits_into(self, out: Tensor, hidden: Tensor) -> None:
         """GEMM 1: ``out`` (R, V) <- hidden (R, H) W^T + b, in the accumulation dtype."""
         hidden = self._operand(hidden)
-        for columns, weight in self._slices():
+        for columns, weight in self._slices(hidden.shape[0]):
             self._matmul_into(out[:, columns], hidden, weight.t())
         if self.bias is not None:
             out.add_(self.bias)
@@ -67,7 +67,7 @@ class Head:
     def hidden_grad(self, tile: Tensor) -> Tensor:
         """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype."""
         result: Tensor | None = None
-        for columns, weight in self._slices():
+        for columns, weight in self._slices(tile.shape[0]):
             operand = self._operand(tile[:, columns])
             if result is None:
                 result = tile.new_empty((tile.shape[0], weight.shape[1]), dtype=self.accumulation_dtype)
@@ -80,12 +80,12 @@ class Head:
     def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor) -> None:
         """GEMM 3: grad (V, H) += tile^T (V, R) rows (R, H), in the accumulation dtype."""
         rows = self._operand(rows)
-        for columns in self._columns(self._math_dtype != tile.dtype):
+        for columns in self._columns(self._math_dtype != tile.dtype, tile.shape[0]):
             self._matmul_add(grad[columns], self._operand(tile[:, columns]).t(), rows)
 
     def add_bias_grad(self, grad: Tensor, tile: Tensor, coefficient: Tensor | None) -> None:
         """grad (V,) += tile^T coefficient, with coefficient (R,) or all ones."""
-        for columns in self._columns(grad.dtype != tile.dtype):
+        for columns in self._columns(grad.dtype != tile.dtype, tile.shape[0]):
             part = tile[:, columns].to(grad.dtype)
             if coefficient is None:
                 grad[columns] += part.sum(0)
@@ -101,16 +101,20 @@ class Head:
     def _operand(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.compute_dtype).to(self._math_dtype)
 
-    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the product, cast slice by slice where it is stored in another."""
-        for columns in self._columns(self.weight.dtype != self._math_dtype):
+    def _slices(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the product, cast slice by slice where it is stored in another; ``rows`` go
+        through it.
+        """
+        casts = self.weight.dtype != self.compute_dtype or self.compute_dtype != self._math_dtype
+        for columns in self._columns(casts, rows):
             yield columns, self._operand(self.weight[columns])
 
-    def _columns(self, casts: bool) -> Iterator[slice]:
+    def _columns(self, casts: bool, rows: int) -> Iterator[slice]:
+        """Slices of the vocabulary whose weight, and whose columns of ``rows``, are within ``slice_bytes``."""
         vocab, width = self.weight.shape
         step = vocab
         if casts:
-            step = min(vocab, max(1, self.slice_bytes // (4 * max(1, width))))
+            step = min(vocab, max(1, self.slice_bytes // (4 * max(1, width, rows))))
         for first in range(0, vocab, step):
             yield slice(first, min(first + step, vocab))
 

@@ -15,7 +15,7 @@ from fused_po.losses.contract import HORIZONS, Batch, Loss
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs
-from fused_po.ops.coefficients import coefficients
+from fused_po.ops.coefficients import coefficients, loss_value
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
 from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
@@ -97,6 +97,8 @@ def linear_loss(
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
+    if split is not None and not isinstance(split, Split):
+        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
     if outputs != ():
         check_outputs(outputs)
     ready = prepare(
@@ -212,7 +214,9 @@ class _Run:
             if pattern is None:
                 found, stats = self._chunk(chunk, part)
             else:
-                found, stats, factor = self._deferred(chunk, part, pattern.to(wide))
+                # masked rows have no coefficient, whatever the pattern says
+                pattern = pattern.to(wide) if part.mask is None else torch.where(part.mask, pattern.to(wide), 0.0)
+                found, stats, factor = self._deferred(chunk, part, pattern)
             value = value + found
             parts.append((chunk.rows, stats))
         return value, factor, {name: self._collect(name, parts) for name in self.asked}
@@ -225,10 +229,13 @@ class _Run:
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
         home = None
-        if chunk.rows.count <= self.budget.whole and self.call.wanted.hidden and not self.call.wanted.head:
+        eager = self.unscaled and self.call.wanted.hidden and not self.call.wanted.head
+        if eager and chunk.rows.count <= self.budget.whole:
             home = self.workspace.get("home", chunk.rows.count, self.hidden.shape[1], self.head.accumulation_dtype)
         sweep = self._sweep(chunk.rows, home)
         stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
+        if not self.call.wanted.any and not self.names:
+            return loss_value(self.loss, stats, batch), stats
         value, triple = coefficients(self.loss, stats, batch, self.split)
         groups = None
         if self.names:
@@ -252,7 +259,8 @@ class _Run:
         value, triple = coefficients(self.loss, whole, batch, self.split)
         assert triple.logp is not None
         # c = scalar * pattern: least squares gives the scalar back without looking for a non-zero entry
-        scalar = (triple.logp.double() * pattern).sum() / pattern.double().square().sum()
+        squares = pattern.double().square().sum()
+        scalar = (triple.logp.double() * pattern).sum() / torch.where(squares > 0, squares, 1.0)
         return value, whole, scalar.to(self.head.accumulation_dtype)
 
     def keep_parts(self, kept: dict[str, Tensor]) -> None:
@@ -280,6 +288,7 @@ class _Run:
             unscaled=self.unscaled,
             workspace=self.workspace,
             home=home,
+            masked=self.call.plan.masked,
         )
 
     def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:

@@ -153,4 +153,5 @@ def _sweep(
         unscaled=unscaled,
         workspace=Workspace(head),
         home=home,
+        masked=call.plan.masked,
     )

@@ -103,6 +103,8 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
     """
     device = labels.device if device is None else torch.device(device)
     loss = labels.detach().to("cpu") != IGNORE
+    if labels.ndim == 2 and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if labels.ndim == 2:
         lengths = loss.sum(1)
     else:
@@ -127,6 +129,12 @@ def static_plan(labels: Tensor, packed: bool) -> Plan:
     batch, length = (1, labels.shape[0]) if labels.ndim == 1 else labels.shape
     segments = torch.full((batch,), length, dtype=torch.int64, device=labels.device)
     return Plan(None, segments, (length,) * batch, labels.numel(), masked=True)
+
+
+def default_plan(labels: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    """The plan of a call without one: of shapes alone where values can't be looked at, in traces and captures."""
+    blind = torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing())
+    return static_plan(labels, cu_seqlens is not None) if blind else make_plan(labels, cu_seqlens=cu_seqlens)
 
 
 def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:

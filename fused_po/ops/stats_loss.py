@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_po.kernels.contract import accumulation_dtype
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
-from fused_po.ops.coefficients import coefficients
+from fused_po.ops.checks import require_tensors, same_device
+from fused_po.ops.coefficients import coefficients, loss_value
 from fused_po.ops.output import LossOutput
-from fused_po.ops.planning import Plan, make_plan, static_plan
+from fused_po.ops.planning import Plan, default_plan
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
@@ -57,17 +59,25 @@ def stats_loss(
     for name, value in present.items():
         if value.shape != labels.shape:
             raise ValueError(f"{name} must have the shape of labels {tuple(labels.shape)}: got {tuple(value.shape)}")
+    require_tensors(labels=labels)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64: got {labels.dtype}")
+    same_device(labels, **present)
     if plan is None:
-        traced = torch.compiler.is_compiling()
-        plan = static_plan(labels, cu_seqlens is not None) if traced else make_plan(labels, cu_seqlens=cu_seqlens)
+        plan = default_plan(labels, cu_seqlens)
     layout = Layout.of(labels, plan)
     read = [name for name in loss.statistics if name in present]
     rows = {name: layout.rows.gather(present[name].reshape(-1)) for name in read}
-    wide = rows["logp"].dtype
+    # of statistics in half precision at least the side inputs keep their digits
+    wide = accumulation_dtype(rows["logp"].dtype)
+    rows = {name: value.to(wide) if value.is_floating_point() else value for name, value in rows.items()}
     batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
     others = {name: value.detach() for name, value in rows.items() if name not in loss.differentiates}
     through = [rows[name] for name in loss.differentiates]
-    value = _StatsLoss.apply(loss, split, batch, others, layout.mask, *through).to(wide)
+    if torch.is_grad_enabled():
+        value = _StatsLoss.apply(loss, split, batch, others, layout.mask, *through).to(wide)
+    else:
+        value = loss_value(loss, masked_stats(Stats(**rows), layout.mask), batch).to(wide)
     detached = Stats(**{name: rows[name].detach() for name in read})
     with torch.no_grad():
         complete = set(loss.statistics) <= set(present)

@@ -65,7 +65,7 @@ class Budget:
             # the kept tile is the one in flight
             copied = tile * vocab * narrow if copies else 0
             return Budget(max(1, (scratch_bytes - copied) // row), beside // row, tile)
-        return Budget(beside // row, beside // row, tile)
+        return Budget(max(1, beside // row), beside // row, tile)
 
 
 class Workspace:
@@ -100,6 +100,7 @@ class Sweep:
         workspace: where tiles live.
         home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the
             gradient's own memory.
+        masked: rows without loss are among them, whose hidden states may be anything.
     """
 
     def __init__(
@@ -115,10 +116,11 @@ class Sweep:
         unscaled: bool,
         workspace: Workspace,
         home: Tensor | None = None,
+        masked: bool = False,
     ) -> None:
         self.head, self.hidden, self.labels, self.temperatures = head, hidden, labels, temperatures
         self.rows, self.budget, self.wanted, self.unscaled = rows, budget, wanted, unscaled
-        self.workspace, self.home = workspace, home
+        self.workspace, self.home, self.masked = workspace, home, masked
         self.eager = unscaled and wanted.hidden and not wanted.head
         keeps = wanted.any and not self.eager
         count = rows.count
@@ -170,8 +172,10 @@ class Sweep:
             self._scale_products(coefficients, gradients)
             return
         coefficients = gradients.normalised(coefficients)
-        # rows of a part are copied out of their tile
-        for first, last in self._steps(0, self.kept_rows, copies=groups is not None):
+        # kept tiles that need no other buffer go at once, so that dW is read and written once; rows of a part are
+        # copied out of their tile
+        alone = (self.in_place or self.unscaled) and groups is None
+        for first, last in steps(0, self.kept_rows, max(1, self.kept_rows) if alone else self.budget.tile):
             assert self.kept is not None
             tile = self.kept[first:last]
             if not self.unscaled:
@@ -204,7 +208,7 @@ class Sweep:
             if scalar is not None:
                 product.mul_(scalar.unsqueeze(1))
             part.scatter(gradients.hidden, gradients.restored(product))
-        rows = part.gather(self.hidden) if gradients.weights else None
+        rows = self._hidden(first, last) if gradients.weights else None
         if rows is not None and scalar is not None:
             rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
         gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last])
@@ -236,14 +240,16 @@ class Sweep:
         library.row_grad(logits, labels, transform, head.span, anchors, triple, out, head.backend)
         return tile
 
-    def _steps(self, first: int, last: int, copies: bool = False) -> Iterator[tuple[int, int]]:
-        """Row ranges at a time: kept tiles in place need no buffer in flight and go at once, unless they are copied."""
-        whole = self.in_place and last <= self.kept_rows and not copies
+    def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Row ranges at a time: kept tiles in place need no buffer in flight and go at once."""
+        whole = self.in_place and last <= self.kept_rows
         step = max(1, last - first) if whole else self.budget.tile
         return steps(first, last, step)
 
     def _hidden(self, first: int, last: int) -> Tensor:
-        return self.rows.part(first, last).gather(self.hidden)
+        rows = self.rows.part(first, last).gather(self.hidden)
+        # 0 times NaN would reach dW
+        return torch.where((self.labels[first:last] >= 0).unsqueeze(1), rows, 0.0) if self.masked else rows
 
     def _transform(self, first: int, last: int) -> Transform:
         return self.head.transform(None if self.temperatures is None else self.temperatures[first:last])

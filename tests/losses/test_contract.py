@@ -254,7 +254,7 @@ def test_side_inputs_are_checked(case):
     for name in SIDE_INPUTS - reads:
         with pytest.raises(ValueError, match=f"does not read {name}"):
             loss.check(reads | {name})
-    with pytest.raises(ValueError, match="unknown side input refs"):
+    with pytest.raises(ValueError, match="unknown argument or side input refs"):
         loss.check(reads | {"refs"})
 
 
@@ -333,3 +333,10 @@ def test_a_list_is_the_weighted_sum_of_its_losses():
     torch.testing.assert_close(value, 0.5 * found[0][0] + 2.0 * found[1][0] + 0.1 * found[2][0])
     torch.testing.assert_close(triple.logp, sum(w * f[1].logp for w, f in zip((0.5, 2.0, 0.1), found, strict=True)))
     assert mixed.name == "sigmoid+apo_zero+sft" and mixed.horizon == "pair"
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_a_loss_of_tokens_weighs_tokens(name):
+    """A chunk of single tokens holds no sequence whose weight could be asked for."""
+    loss = losses.create(name)
+    assert not (loss.horizon == "token" and loss.weighs_sequences)

@@ -63,7 +63,10 @@ def test_head(operation, case):
         ({"ref_logp": [0.0] * 4}, "ref_logp must be a tensor: got list"),
         ({"ref_logp": torch.zeros(4, device=META)}, "ref_logp on meta"),
         ({"ref_logp": torch.zeros(4), "advantage": torch.zeros(4)}, "does not read advantage; it reads ref_logp"),
-        ({"ref_logps": torch.zeros(4)}, "unknown side input ref_logps: expected some of advantage"),
+        (
+            {"ref_logps": torch.zeros(4)},
+            "unknown argument or side input ref_logps: expected side inputs among advantage",
+        ),
     ],
 )
 def test_side_inputs(side_inputs, message):

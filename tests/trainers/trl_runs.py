@@ -97,7 +97,8 @@ def run(
 def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
     """Losses to 1e-5, gradient norms to 1e-4 relative, every metric, at every step."""
     assert len(ours) == len(theirs) == STEPS
-    assert all(entry["grad_norm"] > 1e-4 for entry in theirs), "nothing is learned: nothing is compared"
+    # answers that are all worth the same leave a step of GRPO or RLOO without a gradient
+    assert sum(entry["grad_norm"] > 1e-4 for entry in theirs) >= 3, "nothing is learned: nothing is compared"
     for step, (mine, want) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.keys() == want.keys()
         for name, value in want.items():
@@ -106,7 +107,7 @@ def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) ->
             if name == "loss":
                 bound = 1e-5 * max(1.0, abs(value))
             elif name == "grad_norm":
-                bound = 1e-4 * value
+                bound = 1e-4 * value + 1e-8
             else:
                 bound = 1e-4 * abs(value) + 1e-5
             same_nan = isinstance(value, float) and math.isnan(value) and math.isnan(mine[name])

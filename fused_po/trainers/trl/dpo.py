@@ -60,6 +60,7 @@ class FusedDPOTrainer(SplitOverTraining, DPOTrainer):
             name: getattr(self, name)
             for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha")
         }
-        named |= {"use_weighting": self.use_weighting, "discopop_tau": self.args.discopop_tau}
+        # sft learns the chosen half, also where it stands alone
+        named |= {"use_weighting": self.use_weighting, "discopop_tau": self.args.discopop_tau, "paired": True}
         types = list(self.loss_types)
         return losses.create(types, loss_weights=list(self.loss_weights), **accepted(types, named))
