@@ -13,7 +13,11 @@ from torch import Tensor
 __all__ = ["BACKENDS", "select"]
 
 # in the order of preference
-BACKENDS = {"triton": "fused_po.kernels.triton_rows", "reference": "fused_po.kernels.reference"}
+BACKENDS = {
+    "cuda": "fused_po.kernels.cuda",
+    "triton": "fused_po.kernels.triton_rows",
+    "reference": "fused_po.kernels.reference",
+}
 
 logger = logging.getLogger("fused_po")
 
