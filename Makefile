@@ -40,6 +40,7 @@ hooks: $(VENV)/.development  ## let git run the checks of make lint before each 
 
 clean:  ## remove what was built and cached; .venv stays
 	rm -rf build dist *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fused_po/_cuda*.so
 	find fused_po scripts tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # the last thing that venv puts in place

@@ -1,7 +1,7 @@
 """Every CUDA kernel once on small, awkward cases: ``compute-sanitizer python -m tests.gpu.sanitize``.
 
-With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``: torch's blocks are larger than what they hold, and would hide an access behind
-the end.
+With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``: torch's blocks are larger than what they hold, and would hide an access
+behind the end.
 """
 
 from __future__ import annotations
