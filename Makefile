@@ -33,6 +33,7 @@ format: $(VENV)/.development  ## rewrite the sources in the project's style
 bench: $(VENV)/.development  ## time the operations, a few short cases, and one pair against TRL
 	mkdir -p bench-output
 	$(BIN)/python -m bench.bench_ops --quick --output bench-output/ops.json
+	$(BIN)/python -m bench.bench_rows --quick --output bench-output/rows.json
 	$(BIN)/python -m bench.bench_cpu_vs_trl --output bench-output/cpu_vs_trl.json
 
 hooks: $(VENV)/.development  ## let git run the checks of make lint before each commit
