@@ -10,8 +10,8 @@ from fused_po.kernels import jit
 from fused_po.kernels.build import BuildError, Recipe, Toolkit, find_sources
 
 
-def built_extension(cache: Path) -> tuple[Recipe, Path]:
-    """The recipe and the module, built unless the same one is in the cache; skips where there is no nvcc."""
+def built_extension(config: pytest.Config) -> tuple[Recipe, Path]:
+    """The recipe and the module, kept in pytest's cache between runs; skips where there is no nvcc."""
     try:
         toolkit = Toolkit.find()
     except BuildError as error:
@@ -20,5 +20,5 @@ def built_extension(cache: Path) -> tuple[Recipe, Path]:
     assert sources is not None
     recipe = Recipe(toolkit, toolkit.architectures(), sources, strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSED_PO_CACHE", str(cache))
+        patch.setenv("FUSED_PO_CACHE", str(config.cache.mkdir("cuda")))
         return recipe, jit.build_cached(recipe)

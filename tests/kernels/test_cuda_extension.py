@@ -24,8 +24,7 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
 
 @pytest.fixture(scope="module")
 def built(pytestconfig) -> tuple:
-    # kept between runs: the key changes with sources, flags and compiler
-    return built_extension(Path(pytestconfig.cache.mkdir("cuda")))
+    return built_extension(pytestconfig)
 
 
 @pytest.fixture(scope="module")
