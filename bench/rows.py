@@ -174,6 +174,8 @@ def competitors(problem: RowProblem, device: str) -> tuple[dict[str, Way], dict[
     absent = {}
     for name in BACKENDS:
         reason = unsupported(name, "row_stats", problem.x)
+        if name == "reference" and device == "cuda":
+            reason = "made for the caches of a CPU"
         if reason is not None:
             absent[name] = reason
             continue
