@@ -189,12 +189,9 @@ class Recipe:
         flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *self._targets]
         if self.strict:
             flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-Werror,-warn-spills"]
-        macros = {
-            "FUSED_PO_NVCC_VERSION": self.toolkit.version,
-            "FUSED_PO_ARCHITECTURES": ";".join(self.architectures),
-            "FUSED_PO_SOURCE_HASH": self.source_hash,
-        }
-        return flags + [f'-D{name}="{value}"' for name, value in macros.items()]
+        # what ``build_info`` of the module answers
+        told = " ".join([f"architectures {','.join(self.architectures)}", f"sources {self.source_hash}", *flags])
+        return [*flags, f'-DFUSED_PO_FLAGS="{told}"']
 
     @property
     def _targets(self) -> list[str]:

@@ -6,6 +6,7 @@ elsewhere is refused here.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import ModuleType
 
@@ -32,11 +33,12 @@ def extension() -> tuple[ModuleType | None, str | None]:
     capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     try:
         module = load_extension(capabilities)
-        if module.device_count() < 1:
-            return None, "the extension sees no GPU"
-    except (BuildError, RuntimeError) as error:
-        # its CUDA runtime may be newer than the driver
+    except BuildError as error:
         return None, str(error)
+    if module.device_count() < 1:
+        # its CUDA runtime is not torch's
+        version = module.build_info()["nvcc"]
+        return None, f"the extension sees no GPU: the driver may be too old for CUDA {version}, which it was built with"
     return module, None
 
 
@@ -64,21 +66,17 @@ def _unsupported_device(index: int) -> str | None:
     module, reason = extension()
     if module is None:
         return reason
-    built: list[str] = module.architectures()
+    built = [*module.architectures(), *re.findall(r"\d+\+PTX", module.build_info().get("flags", ""))]
     if not any(_runs(name, 10 * major + minor) for name in built):
         return f"the extension was built for {', '.join(built)}, not for this GPU's sm_{major}{minor}"
     return None
 
 
 def _runs(built: str, capability: int) -> bool:
-    """Whether code for "90", "90a" or "90+PTX" runs on a GPU of a compute capability."""
-    code = built.removeprefix("sm_").removesuffix("+PTX")
-    number = int(code.rstrip("af"))
-    if code.endswith("a"):
-        return capability == number
+    """Whether code for "sm_90" or "90+PTX" runs on a GPU of a compute capability."""
+    number = int(built.removeprefix("sm_").removesuffix("+PTX"))
     # machine code runs within its generation, PTX on whatever comes later
-    same = capability // 10 == number // 10 or (built.endswith("+PTX") and not code.endswith("f"))
-    return same and capability >= number
+    return capability >= number and (built.endswith("+PTX") or capability // 10 == number // 10)
 
 
 def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]) -> Tensor:

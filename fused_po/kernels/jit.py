@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -121,5 +122,5 @@ def _recipe(capabilities: Sequence[tuple[int, int]]) -> Recipe:
 def _outdated(module: ModuleType) -> bool:
     """In a checkout the sources may have moved on since ``setup.py build_ext --inplace``."""
     sources = find_sources()
-    built = module.build_info().get("source_hash")
-    return sources is not None and built is not None and built != hash_sources(sources)
+    built = re.search(r"sources (\w+)", module.build_info().get("flags", ""))
+    return sources is not None and built is not None and built[1] != hash_sources(sources)

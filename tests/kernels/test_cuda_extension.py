@@ -62,14 +62,9 @@ def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(built):
 def test_it_tells_how_it_was_built(built, module):
     recipe, _ = built
     info = module.build_info()
-    assert recipe.toolkit.version in map(str, info.values())
-    assert info["source_hash"] == recipe.source_hash
-    architectures = module.architectures()
-    for name in recipe.architectures:
-        number = int(name.removesuffix("+PTX"))
-        assert any(cuda._runs(built, number) for built in architectures)
-    # PTX of the newest serves what comes later
-    assert any(cuda._runs(built, 130) for built in architectures)
+    assert info["nvcc"] == recipe.toolkit.version
+    assert f"architectures {','.join(recipe.architectures)} sources {recipe.source_hash} -O3" in info["flags"]
+    assert module.architectures() == [f"sm_{name.removesuffix('+PTX')}" for name in recipe.architectures]
 
 
 @without_a_gpu
@@ -87,6 +82,16 @@ def test_calls_without_a_gpu_answer_with_a_clear_error(module):
         with pytest.raises(RuntimeError, match=r"(?i)CUDA|GPU|device|driver"):
             call()
     assert not memory.any()
+
+
+def test_a_runtime_newer_than_the_driver_is_told(monkeypatch):
+    fake = SimpleNamespace(device_count=lambda: 0, build_info=lambda: {"nvcc": "13.0.88"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "load_extension", lambda capabilities: fake if capabilities == [(9, 0)] else None)
+    module, reason = cuda.extension.__wrapped__()
+    assert module is None and "the driver may be too old for CUDA 13.0.88" in reason
 
 
 def test_a_module_of_other_sources_is_not_used(module, monkeypatch, tmp_path):
@@ -117,16 +122,19 @@ def tensor_on_a_gpu(**more) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("capability", "architectures", "words"),
     [
-        ((9, 0), ["80", "90"], None),
-        ((8, 9), ["80"], None),
-        ((12, 1), ["90+PTX"], None),
-        ((7, 5), ["80"], "a GPU of compute capability 7.5: the kernels need 8.0"),
-        ((9, 0), ["80"], "the extension was built for 80, not for this GPU's sm_90"),
-        ((10, 0), ["90a+PTX"], "the extension was built for 90a+PTX, not for this GPU's sm_100"),
+        ((9, 0), ["sm_80", "sm_90"], None),
+        ((8, 9), ["sm_80"], None),
+        ((12, 1), ["sm_90", "90+PTX"], None),
+        ((7, 5), ["sm_80"], "a GPU of compute capability 7.5: the kernels need 8.0"),
+        ((9, 0), ["sm_80"], "the extension was built for sm_80, not for this GPU's sm_90"),
+        ((9, 0), ["sm_100", "100+PTX"], "the extension was built for sm_100, 100+PTX, not for this GPU's sm_90"),
     ],
 )
 def test_what_the_backend_refuses(capability, architectures, words, monkeypatch):
-    fake = SimpleNamespace(architectures=lambda: architectures)
+    code, ptx = ([name for name in architectures if ("+PTX" in name) == later] for later in (False, True))
+    fake = SimpleNamespace(
+        architectures=lambda: code, build_info=lambda: {"flags": f"architectures {','.join(ptx)} -O3"}
+    )
     monkeypatch.setattr(cuda, "extension", lambda: (fake, None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     cuda._unsupported_device.cache_clear()
