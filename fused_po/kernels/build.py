@@ -186,7 +186,8 @@ class Recipe:
     def flags(self) -> list[str]:
         """Of the compiler, for every file."""
         # pybind11 wants its classes hidden, and two extensions in one process must not share symbols
-        flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *self._targets]
+        flags = ["-O3", "-std=c++17", "-lineinfo", "--threads=4", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += self._targets
         if self.strict:
             flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-Werror,-warn-spills"]
         # what ``build_info`` of the module answers

@@ -85,7 +85,7 @@ def test_it_is_compiled_around():
 
 def test_it_agrees_with_triton():
     x, labels = logits()
-    torch.testing.assert_close(stats(x, labels), stats(x, labels, "triton"), rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(stats(x, labels), stats(x, labels, "triton"), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
