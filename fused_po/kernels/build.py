@@ -170,7 +170,7 @@ class Recipe:
         toolkit: the compiler.
         architectures: as ``Toolkit.architectures`` gives them.
         sources: the folder ``csrc``.
-        strict: warnings, spilled registers among them, are errors.
+        strict: warnings are errors.
     """
 
     toolkit: Toolkit
@@ -189,7 +189,7 @@ class Recipe:
         flags = ["-O3", "-std=c++17", "-lineinfo", "--threads=4", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         flags += self._targets
         if self.strict:
-            flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-Werror,-warn-spills"]
+            flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-Werror"]
         # what ``build_info`` of the module answers
         told = " ".join([f"architectures {','.join(self.architectures)}", f"sources {self.source_hash}", *flags])
         return [*flags, f'-DFUSED_PO_FLAGS="{told}"']

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_po.kernels import cuda, jit, reference
+from fused_po.kernels import cuda, reference
 from fused_po.kernels.contract import Coefficients, Span, Transform
 from fused_po.stats import STATISTICS
 from fused_po.testing import CASES
-from tests.kernels.extension import built_extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STREAM = 7
@@ -120,9 +119,8 @@ def test_row_grad(problem, which):
     assert torch.equal(got, want)
 
 
-def test_the_stand_in_has_the_parameters_of_the_extension(pytestconfig):
-    module = jit.load_from(built_extension(pytestconfig)[1])
+def test_the_stand_in_has_the_parameters_of_the_extension(cuda_module):
     for name in ("row_stats", "row_softmax", "row_grad"):
-        signature = getattr(module, name).__doc__.splitlines()[0]
+        signature = getattr(cuda_module, name).__doc__.splitlines()[0]
         parameters = [part.split(":")[0].strip() for part in signature.split("(", 1)[1].split(",")]
         assert parameters == list(inspect.signature(getattr(StandIn(), name)).parameters)

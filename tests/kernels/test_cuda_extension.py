@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,19 +17,8 @@ from fused_po.kernels import cuda, jit
 from fused_po.kernels.build import BuildError
 from fused_po.kernels.contract import Coefficients, Span, Transform
 from fused_po.kernels.select import select
-from tests.kernels.extension import built_extension
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
-@pytest.fixture(scope="module")
-def built(pytestconfig) -> tuple:
-    return built_extension(pytestconfig)
-
-
-@pytest.fixture(scope="module")
-def module(built) -> ModuleType:
-    return jit.load_from(built[1])
 
 
 def resources(library: Path) -> list[tuple[str, str, int, int]]:
@@ -48,8 +37,8 @@ def resources(library: Path) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(built):
-    recipe, path = built
+def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(cuda_build):
+    recipe, path = cuda_build
     found = resources(path)
     kernels = {architecture: set() for architecture, *_ in found}
     for architecture, kernel, *_ in found:
@@ -59,25 +48,25 @@ def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(built):
     assert [row for row in found if row[-1]] == []
 
 
-def test_it_tells_how_it_was_built(built, module):
-    recipe, _ = built
-    info = module.build_info()
+def test_it_tells_how_it_was_built(cuda_build, cuda_module):
+    recipe, _ = cuda_build
+    info = cuda_module.build_info()
     assert info["nvcc"] == recipe.toolkit.version
     assert f"architectures {','.join(recipe.architectures)} sources {recipe.source_hash} -O3" in info["flags"]
-    assert module.architectures() == [f"sm_{name.removesuffix('+PTX')}" for name in recipe.architectures]
+    assert cuda_module.architectures() == [f"sm_{name.removesuffix('+PTX')}" for name in recipe.architectures]
 
 
 @without_a_gpu
-def test_calls_without_a_gpu_answer_with_a_clear_error(module):
-    assert module.device_count() == 0
+def test_calls_without_a_gpu_answer_with_a_clear_error(cuda_module):
+    assert cuda_module.device_count() == 0
     memory = torch.zeros(1024)
     pointer = memory.data_ptr()
     rows = (1, 8, 8)
     given = (pointer, 0, 1.0, 0.0, 1.0, 0, 8)
     for call in (
-        lambda: module.row_stats(pointer, 0, *rows, *given, 1, pointer, 0, 0),
-        lambda: module.row_softmax(pointer, 0, *rows, pointer, 0, 8, *given, 1, pointer, 0, 0),
-        lambda: module.row_grad(pointer, 0, *rows, pointer, 0, 8, *given, pointer, pointer, 0, 0, 0, 0),
+        lambda: cuda_module.row_stats(pointer, 0, *rows, *given, 1, pointer, 0, 0),
+        lambda: cuda_module.row_softmax(pointer, 0, *rows, pointer, 0, 8, *given, 1, pointer, 0, 0),
+        lambda: cuda_module.row_grad(pointer, 0, *rows, pointer, 0, 8, *given, pointer, pointer, 0, 0, 0, 0),
     ):
         with pytest.raises(RuntimeError, match=r"(?i)CUDA|GPU|device|driver"):
             call()
@@ -94,10 +83,10 @@ def test_a_runtime_newer_than_the_driver_is_told(monkeypatch):
     assert module is None and "the driver may be too old for CUDA 13.0.88" in reason
 
 
-def test_a_module_of_other_sources_is_not_used(module, monkeypatch, tmp_path):
+def test_a_module_of_other_sources_is_not_used(cuda_module, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(importlib, "import_module", lambda name: module)
-    assert jit.load_extension([(9, 0)]) is module
+    monkeypatch.setattr(importlib, "import_module", lambda name: cuda_module)
+    assert jit.load_extension([(9, 0)]) is cuda_module
     (tmp_path / "bindings.cpp").write_text("changed")
     monkeypatch.setattr(jit, "find_sources", lambda: tmp_path)
     monkeypatch.setenv("FUSED_PO_JIT", "0")

@@ -1,8 +1,9 @@
-"""The CUDA extension as the tests build it: every architecture, warnings as errors."""
+"""The CUDA extension as the tests build it: once, every architecture, warnings as errors."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -10,7 +11,8 @@ from fused_po.kernels import jit
 from fused_po.kernels.build import BuildError, Recipe, Toolkit, find_sources
 
 
-def built_extension(config: pytest.Config) -> tuple[Recipe, Path]:
+@pytest.fixture(scope="session")
+def cuda_build(pytestconfig: pytest.Config) -> tuple[Recipe, Path]:
     """The recipe and the module, kept in pytest's cache between runs; skips where there is no nvcc."""
     try:
         toolkit = Toolkit.find()
@@ -20,5 +22,10 @@ def built_extension(config: pytest.Config) -> tuple[Recipe, Path]:
     assert sources is not None
     recipe = Recipe(toolkit, toolkit.architectures(), sources, strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSED_PO_CACHE", str(config.cache.mkdir("cuda")))
+        patch.setenv("FUSED_PO_CACHE", str(pytestconfig.cache.mkdir("cuda")))
         return recipe, jit.build_cached(recipe)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(cuda_build: tuple[Recipe, Path]) -> ModuleType:
+    return jit.load_from(cuda_build[1])
