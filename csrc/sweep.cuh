@@ -219,13 +219,13 @@ DEVICE void merge_cluster(Sweep<kWanted>& sweep, Scratch* scratch) {
 #endif
   if (warp == 0) {
     sweep = Sweep<kWanted>();
-    if (lane < device::cluster_size()) {
+    if (lane < static_cast<int>(device::cluster_size())) {
       sweep = load_sweep<kWanted>(scratch->block, [lane](const float* p) { return device::load_peer(p, lane); });
     }
     merge_lanes(sweep);
     if (lane == 0) store_sweep(scratch->cluster, sweep);
   }
-  device::cluster_arrive();
+  device::cluster_arrive_relaxed();
 #ifndef FUSED_PO_PLANT_NO_BLOCK_BARRIER
   device::block_barrier();
 #endif
