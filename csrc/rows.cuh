@@ -72,8 +72,8 @@ DEVICE float target_logit(const RowArgs& args, const Place& place) {
 
 template <int kWanted>
 DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted>& sweep, float target) {
-  const float values[7] = {sweep.top,    sweep.sum,   target,      sweep.weighted,
-                           sweep.square, sweep.total, sweep.before};
+  const float sum = sweep.sum + sweep.sum_low;
+  const float values[7] = {sweep.top, sum, target, sweep.weighted, sweep.square, sweep.total, sweep.before};
 #pragma unroll
   for (int i = 0; i < 7; i++) device::store_global(args.partials + i * args.rows + row, values[i]);
 }
@@ -122,10 +122,11 @@ struct Softmax {
 
   template <int kWanted>
   DEVICE Softmax(const Sweep<kWanted>& sweep, float target) {
-    const float margin = (sweep.top - target) + logf(sweep.sum);
+    const float sum = sweep.sum + sweep.sum_low;
+    const float margin = (sweep.top - target) + logf(sum);
     base = sweep.base();
     own = 1.0f / (1.0f + expf(-margin));
-    rest = sweep.sum == 0.0f ? 0.0f : -(own / sweep.sum);
+    rest = sum == 0.0f ? 0.0f : -(own / sum);
   }
 
   template <class E, bool kSoftcap>

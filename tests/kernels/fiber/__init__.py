@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform
+from fused_po.kernels.select import BACKENDS
 from fused_po.stats import STATISTICS
 
-__all__ = ["GPUS", "Fibers", "build", "compiler"]
+__all__ = ["GPUS", "Fibers", "build", "compiler", "register"]
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -36,6 +37,17 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GPUS = {"streamed": 0, "resident": 1, "cluster": 2}
 
 
+def register() -> list[str]:
+    """Make each of ``GPUS`` a backend that can be asked for by name, as ``fibers-<gpu>``; built on first use."""
+    for gpu in GPUS:
+        module = f"{__name__}.{gpu}"
+        # import finds what is here already
+        sys.modules.setdefault(module, Fibers(gpu))  # type: ignore[arg-type]
+        BACKENDS.setdefault(f"fibers-{gpu}", module)
+    return [f"fibers-{gpu}" for gpu in GPUS]
+
+
+@functools.cache
 def compiler() -> str | None:
     """The C++ compiler of this machine, if there is one that knows half precision."""
     name = os.environ.get("CXX", "g++")
@@ -95,13 +107,16 @@ class Fibers:
     """A backend, see ``fused_po.kernels.contract``: the kernels on one of ``GPUS``, threads shuffled by ``seed``."""
 
     def __init__(self, gpu: str = "cluster", seed: int = 1, macros: tuple[str, ...] = ()) -> None:
-        self.module, self.library = build(*macros)
-        self.device, self.seed = GPUS[gpu], seed
+        self.device, self.seed, self.macros = GPUS[gpu], seed, macros
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
         if x.dtype not in CODES:
             return f"{x.dtype} is left to the reference"
         return None if x.device.type == "cpu" else "fibers run on the CPU"
+
+    @property
+    def module(self) -> ModuleType:
+        return build(*self.macros)[0]
 
     @property
     def last_launch(self) -> dict[str, int]:
@@ -149,7 +164,7 @@ class Fibers:
         del alive
 
     def _seed(self) -> None:
-        self.library.fused_po_seed(ctypes.c_ulonglong(self.seed))
+        build(*self.macros)[1].fused_po_seed(ctypes.c_ulonglong(self.seed))
 
 
 def _partials(x: Tensor) -> Tensor:
