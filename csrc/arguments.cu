@@ -42,6 +42,7 @@ RowArgs common_args(const Logits& logits, const std::string& what) {
   args.width = static_cast<int>(logits.stop - logits.start);
   args.out_width = static_cast<int>(logits.width);
   args.tiles = 1;
+  args.x_code = logits.dtype;
   return args;
 }
 

@@ -36,7 +36,8 @@ constexpr int kWarp = 32;
 
 DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
-DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
+// unsigned 32 bits: dividing 64 takes a hundred instructions
+DEVICE uint32_t block_index() { return blockIdx.x; }
 
 // dynamic shared memory, 128-byte aligned
 DEVICE unsigned char* shared_memory() {
@@ -144,14 +145,16 @@ DEVICE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-DEVICE int cluster_size() {
+DEVICE uint32_t cluster_size() {
   uint32_t size;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return static_cast<int>(size);
+  return size;
 }
 
 // all threads of the cluster; writes before the arrival are seen after the wait
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// nothing to publish, so no wait for writes under way
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // the float at the same place of another block's shared memory

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "launch.h"
 
 namespace fused_po {
@@ -15,10 +17,9 @@ void row_grad(const Logits& logits, const Output& out, const float* anchors, con
   if (logits.rows == 0) return;
   const CurrentDevice current(device);
   const int threads = threads_for(row_vectors(logits), kInFlight, 256);
-  args.tiles = static_cast<int>(ceil_div(row_vectors(logits), threads * kInFlight));
-  if (args.tiles == 0) args.tiles = 1;
-  if (logits.rows * args.tiles > 0x7fffffff) throw std::runtime_error(what + ": too many elements for one launch");
-  const Geometry geometry{logits.rows * args.tiles, threads, 1, 0};
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(row_vectors(logits), threads * kInFlight));
+  args.tiles = static_cast<uint32_t>(tiles);
+  const Geometry geometry{logits.rows * tiles, threads, 1, 0};
   dispatch(logits, [&](auto element, auto softcap) {
     using E = decltype(element);
     if (args.e) {

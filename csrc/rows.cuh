@@ -33,7 +33,8 @@ struct RowArgs {
   int out_code;
   int share_vectors;  // of a row in each block of a cluster
   int chunk_vectors;  // of a bulk copy
-  int tiles;          // blocks of a row
+  uint32_t tiles;     // blocks of a row
+  int x_code;
 };
 
 // what a block knows of its row
@@ -71,8 +72,8 @@ DEVICE float target_logit(const RowArgs& args, const Place& place) {
 
 template <int kWanted>
 DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted>& sweep, float target) {
-  const float values[7] = {sweep.top,    sweep.sum,   target,      sweep.weighted,
-                           sweep.square, sweep.total, sweep.before};
+  const float sum = sweep.sum + sweep.sum_low;
+  const float values[7] = {sweep.top, sum, target, sweep.weighted, sweep.square, sweep.total, sweep.before};
 #pragma unroll
   for (int i = 0; i < 7; i++) device::store_global(args.partials + i * args.rows + row, values[i]);
 }
@@ -121,10 +122,11 @@ struct Softmax {
 
   template <int kWanted>
   DEVICE Softmax(const Sweep<kWanted>& sweep, float target) {
-    const float margin = (sweep.top - target) + logf(sweep.sum);
+    const float sum = sweep.sum + sweep.sum_low;
+    const float margin = (sweep.top - target) + logf(sum);
     base = sweep.base();
     own = 1.0f / (1.0f + expf(-margin));
-    rest = sweep.sum == 0.0f ? 0.0f : -(own / sweep.sum);
+    rest = sum == 0.0f ? 0.0f : -(own / sum);
   }
 
   template <class E, bool kSoftcap>
@@ -208,11 +210,6 @@ struct Share {
     last = static_cast<int>(begin + args.share_vectors * N < args.width ? begin + args.share_vectors * N : args.width);
   }
 
-  DEVICE int chunks(const RowArgs& args) const {
-    const int columns = args.chunk_vectors * kColumns<E>;
-    return (last - first + columns - 1) / columns;
-  }
-
   // Thread 0 starts the copies, the first threads carry the odd elements; a block barrier must follow.
   DEVICE void load(const RowArgs& args, uint64_t* landings) const {
     const unsigned char* begin = row + static_cast<int64_t>(first) * E::kBytes;
@@ -225,17 +222,18 @@ struct Share {
     if (tail < body) tail = body;
     const int thread = device::thread_index();
     if (thread == 0) {
-      for (int k = 0; k < chunks(args); k++) device::landing_init(landings + k);
+      for (int k = 0; k < kLandings; k++) device::landing_init(landings + k);
       device::landing_publish();
       const unsigned char* from = body;
-      for (int k = 0; k < chunks(args); k++) {
+      for (int column = first; column < last; column += args.chunk_vectors * kColumns<E>) {
         // up to a boundary at or after the chunk's last byte
-        const unsigned char* to = origin + (static_cast<int64_t>(k) + 1) * args.chunk_vectors * 16 + (shift ? 16 : 0);
-        if (to > tail || k + 1 == chunks(args)) to = tail;
+        const unsigned char* to = origin + (column - first) * E::kBytes + 16 * args.chunk_vectors + (shift ? 16 : 0);
+        if (to > tail) to = tail;
         const uint32_t bytes = to > from ? static_cast<uint32_t>(to - from) : 0;
-        device::landing_expect(landings + k, bytes);
-        if (bytes) device::bulk_load(memory + (from - origin), from, bytes, landings + k);
+        device::landing_expect(landings, bytes);
+        if (bytes) device::bulk_load(memory + (from - origin), from, bytes, landings);
         if (to > from) from = to;
+        landings++;
       }
     }
     copy_element(begin, body < end ? body : end, origin, thread);
@@ -266,8 +264,8 @@ DEVICE void softmax_resident(const RowArgs& args) {
   constexpr int N = kColumns<E>;
   Scratch* scratch = reinterpret_cast<Scratch*>(device::shared_memory());
   const int thread = device::thread_index(), threads = device::thread_count();
-  const int rank = device::cluster_rank(), size = device::cluster_size();
-  const Place place(args, device::block_index() / size, kSoftcap);
+  const int rank = device::cluster_rank(), size = static_cast<int>(device::cluster_size());
+  const Place place(args, device::block_index() / device::cluster_size(), kSoftcap);
   if (place.ignored) {
     store_zeros(place.out, args.out_code, 0, args.out_width, rank * threads + thread, size * threads);
     if (rank == 0 && thread == 0) store_partials(args, place.row, Sweep<kWanted>(), -kInfinity);
@@ -278,10 +276,13 @@ DEVICE void softmax_resident(const RowArgs& args) {
   const float target = target_logit<E, kSoftcap>(args, place);
   device::block_barrier();
   Sweep<kWanted> sweep;
-  for (int k = 0; k < share.chunks(args); k++) {
-    device::landing_wait(scratch->landings + k);
-    const int begin = share.first + k * args.chunk_vectors * N, end = begin + args.chunk_vectors * N;
-    for (int column = begin + thread * N; column < end && column < share.last; column += threads * N) {
+  uint64_t* landing = scratch->landings;
+  const int chunk = args.chunk_vectors * N;
+  for (int begin = share.first; begin < share.last; begin += chunk) {
+    device::landing_wait(landing++);
+    const int end = begin + chunk < share.last ? begin + chunk : share.last;
+#pragma unroll 2
+    for (int column = begin + thread * N; column < end; column += threads * N) {
       absorb_vector<E, kSoftcap>(sweep, share.load_vector(column), args, place, column);
     }
   }
@@ -314,10 +315,10 @@ KERNEL(kMaxThreads, 2)
 row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
   constexpr int N = kColumns<E>;
   const int thread = device::thread_index(), threads = device::thread_count();
-  const int tile = static_cast<int>(device::block_index() % args.tiles);
+  const int tile = static_cast<int>(device::block_index() % args.tiles), tiles = static_cast<int>(args.tiles);
   const Place place(args, device::block_index() / args.tiles, kSoftcap);
   const int zeros = place.ignored ? 0 : args.width;
-  store_zeros(place.out, args.out_code, zeros, args.out_width, tile * threads + thread, args.tiles * threads);
+  store_zeros(place.out, args.out_code, zeros, args.out_width, tile * threads + thread, tiles * threads);
   if (place.ignored) return;
   const int64_t row = place.row;
   const float own = device::load_global(args.anchors + row);

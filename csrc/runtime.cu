@@ -1,6 +1,8 @@
 // What the host side asks of the CUDA runtime: devices, launches with checks, what this build holds.
 #include <cuda_runtime.h>
 
+#include <limits>
+
 #include "launch.h"
 
 namespace fused_po {
@@ -90,6 +92,7 @@ bool kernel_fits(const void* kernel, const Geometry& geometry) {
 
 void launch_kernel(const void* kernel, const Geometry& geometry, const RowArgs& args, void* stream,
                    const std::string& what) {
+  if (geometry.blocks > std::numeric_limits<int32_t>::max()) throw std::runtime_error(what + ": too many blocks");
   check(prepare(kernel, geometry), what);
   cudaLaunchAttribute cluster;
   cudaLaunchConfig_t config = configuration(geometry, cluster);

@@ -43,8 +43,9 @@ DEVICE float to_logit(float x, const Transform& transform, float& slope) {
     const float series = fmaf(fmaf(fmaf(62.0f / 2835.0f, a2, -17.0f / 315.0f), a2, 2.0f / 15.0f), a2, -1.0f / 3.0f);
     const float small = fmaf(device::product(series, a2), a, a);
     const float tanh = fabsf(a) < 0.25f ? small : copysignf(large, a);
-    // 1 - tanh^2 without the difference
-    slope = device::product(device::product(4.0f * e, device::product(inverse, inverse)), transform.slope);
+    // 1 - tanh^2, where that would cancel without the difference
+    const float steep = device::product(4.0f * e, device::product(inverse, inverse));
+    slope = device::product(fabsf(tanh) < 0.5f ? fmaf(-tanh, tanh, 1.0f) : steep, transform.slope);
     return device::product(tanh, transform.scale);
   } else {
     slope = transform.slope;
@@ -77,6 +78,7 @@ template <int kWanted>
 struct Sweep {
   float top = -kInfinity;
   float sum = 0.0f;
+  float sum_low = 0.0f;  // of the merges, what did not fit into `sum`
   float weighted = 0.0f;
   float square = 0.0f;
   float total = 0.0f;
@@ -94,6 +96,7 @@ struct Sweep {
     if (kWanted & kWeighted) weighted = device::product(scale, fmaf(shift, sum, weighted));
     if (kWanted & kSquare) square = device::product(device::product(scale, scale), square);
     sum = device::product(scale, sum);
+    sum_low = device::product(scale, sum_low);
     top = best;
   }
 
@@ -156,11 +159,25 @@ DEVICE float warp_sum(float value) {
   return value;
 }
 
+// With (high, low) a sum in two floats: the sum of peaked rows is little more than 1, and each of a dozen roundings on
+// the way to it would show in the log-prob.
+DEVICE void warp_sum(float& high, float& low) {
+#pragma unroll
+  for (int mask = device::kWarp / 2; mask > 0; mask /= 2) {
+    const float other = device::shuffle_xor(high, mask), other_low = device::shuffle_xor(low, mask);
+    const float sum = high + other, part = sum - high;
+    // what the addition rounded off, exactly
+    const float lost = (high - (sum - part)) + (other - part);
+    low = (low + other_low) + lost;
+    high = sum;
+  }
+}
+
 // Every thread of a warp: its lanes' sweeps as one.
 template <int kWanted>
 DEVICE void merge_lanes(Sweep<kWanted>& sweep) {
   sweep.raise(warp_max(sweep.top));
-  sweep.sum = warp_sum(sweep.sum);
+  warp_sum(sweep.sum, sweep.sum_low);
   if (kWanted & kWeighted) sweep.weighted = warp_sum(sweep.weighted);
   if (kWanted & kSquare) sweep.square = warp_sum(sweep.square);
   if (kWanted & kTotal) sweep.total = warp_sum(sweep.total);
@@ -175,6 +192,7 @@ DEVICE void store_sweep(float* place, const Sweep<kWanted>& sweep) {
   if (kWanted & kSquare) device::store_shared(place + 3, sweep.square);
   if (kWanted & kTotal) device::store_shared(place + 4, sweep.total);
   if (kWanted & kBefore) device::store_shared(place + 5, sweep.before);
+  device::store_shared(place + 6, sweep.sum_low);
 }
 
 // `load` turns a place of `store_sweep` into its value
@@ -187,6 +205,7 @@ DEVICE Sweep<kWanted> load_sweep(const float* place, Load load) {
   if (kWanted & kSquare) sweep.square = load(place + 3);
   if (kWanted & kTotal) sweep.total = load(place + 4);
   if (kWanted & kBefore) sweep.before = load(place + 5);
+  sweep.sum_low = load(place + 6);
   return sweep;
 }
 
@@ -219,13 +238,13 @@ DEVICE void merge_cluster(Sweep<kWanted>& sweep, Scratch* scratch) {
 #endif
   if (warp == 0) {
     sweep = Sweep<kWanted>();
-    if (lane < device::cluster_size()) {
+    if (lane < static_cast<int>(device::cluster_size())) {
       sweep = load_sweep<kWanted>(scratch->block, [lane](const float* p) { return device::load_peer(p, lane); });
     }
     merge_lanes(sweep);
     if (lane == 0) store_sweep(scratch->cluster, sweep);
   }
-  device::cluster_arrive();
+  device::cluster_arrive_relaxed();
 #ifndef FUSED_PO_PLANT_NO_BLOCK_BARRIER
   device::block_barrier();
 #endif
