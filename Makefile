@@ -33,6 +33,7 @@ format: $(VENV)/.development  ## rewrite the sources in the project's style
 bench: $(VENV)/.development  ## time the operations, a few short cases, and one pair against TRL
 	mkdir -p bench-output
 	$(BIN)/python -m bench.bench_ops --quick --output bench-output/ops.json
+	$(BIN)/python -m bench.bench_rows --quick --output bench-output/rows.json
 	$(BIN)/python -m bench.bench_cpu_vs_trl --output bench-output/cpu_vs_trl.json
 
 hooks: $(VENV)/.development  ## let git run the checks of make lint before each commit
@@ -40,6 +41,7 @@ hooks: $(VENV)/.development  ## let git run the checks of make lint before each 
 
 clean:  ## remove what was built and cached; .venv stays
 	rm -rf build dist *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fused_po/_cuda*.so
 	find fused_po scripts tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # the last thing that venv puts in place

@@ -107,7 +107,12 @@ def bounds(problem: Problem) -> tuple[Results, dict[str, float]]:
     reach = (exact.c.abs() * (naive["logp"].double() - truth["logp"]).abs()).sum() / truth["loss"].abs()
     found["loss"] = reach.item()
     narrow = {"loss": torch.float32, "logp": torch.float32}
-    return truth, {k: 2 * error + torch.finfo(narrow.get(k, problem.case.dtype)).eps / 2 for k, error in found.items()}
+    return truth, allowed(found, {name: narrow.get(name, problem.case.dtype) for name in found})
+
+
+def allowed(naive: dict[str, float], dtypes: dict[str, torch.dtype]) -> dict[str, float]:
+    """The largest error of each result, from that of plain torch and the dtype that it is rounded to."""
+    return {name: 2 * error + torch.finfo(dtypes[name]).eps / 2 for name, error in naive.items()}
 
 
 def way_errors(way: Way, problem: Problem, truth: Results) -> dict[str, float]:

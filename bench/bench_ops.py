@@ -7,21 +7,16 @@ A case is reported only if this project's results pass the accuracy check; the e
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import sys
-import time
-import traceback
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.accuracy import bounds, rejected, way_errors
 from bench.cases import Case, Problem
-from bench.measure import environment, floors, interleaved, memory, step, summary
+from bench.measure import floors, interleaved, memory, step, summary
+from bench.runner import main
 from bench.ways import OURS, competitors
 
 
@@ -97,42 +92,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="few cases, small ones on a CPU")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long to repeat each case")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no case is begun")
-    parser.add_argument("--commit", help="recorded where git can't tell")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    start = time.monotonic()
-    report: dict[str, Any] = {"environment": environment(options.device, options.commit)}
-    report |= {"results": [], "failed": {}, "left_out": []}
-    print(json.dumps(report["environment"]))
-    for case in cases(options.device, options.quick):
-        if time.monotonic() - start > options.stop_after:
-            report["left_out"].append(case.name)
-            print(f"{case.name}: left out, no time", flush=True)
-            continue
-        try:
-            result = run(case, options.device, options.seconds)
-            report["results"].append(result)
-            print(table(result), flush=True)
-        except Exception as error:
-            # the other cases still count
-            report["failed"][case.name] = f"{type(error).__name__}: {error}"
-            print(f"{case.name}: FAILED, {report['failed'][case.name]}", flush=True)
-            if not isinstance(error, ArithmeticError):
-                traceback.print_exc()
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    return 1 if report["failed"] else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, cases, run, table))

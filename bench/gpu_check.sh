@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Tests and short timings on a GPU machine, from a checkout: nothing is installed but PyTorch, Triton and pytest.
+# Tests and short timings on a GPU machine, from a checkout: nothing is installed but PyTorch, Triton and pytest, for the
+# CUDA extension nvcc, ninja and pybind11. Peers may be on PYTHONPATH.
 #
 #   bench/gpu_check.sh OUTDIR
 #
-# Writes logs and JSON to OUTDIR, ends in under nine minutes with a summary, and with status 1 if a stage failed.
-# PYTHON names the interpreter, COMMIT the commit where git can't tell. DEVICE=cpu takes the same stages with small cases
-# on a CPU (where tests for a GPU are skipped), to check this script.
+# Writes summary.txt, log.txt and JSON files to OUTDIR, ends in under nine minutes with a summary, and with status 1 if a
+# stage failed. PYTHON names the interpreter, COMMIT the commit where git can't tell; STAGES="build rows" takes only those,
+# ROWS_SECONDS and OPS_SECONDS give the two benchmarks another limit.
+# DEVICE=cpu takes the same stages with small cases on a CPU (where tests for a GPU are skipped), to check this script.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -16,16 +18,25 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
+stages=" ${STAGES:-machine build tests sanitize rows ops} "
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# a build of these sources, whatever this machine built before
+export FUSED_PO_CACHE="$work/cache"
 failed=0
 : >"$out/summary.txt"
+: >"$out/log.txt"
 
-# stage NAME SECONDS COMMAND...: its output goes to NAME.log; one that fails doesn't stop the next
+note() {
+  echo "$1" | tee -a "$out/summary.txt"
+}
+
+# stage NAME SECONDS COMMAND...: its output goes to the log; one that fails doesn't stop the next
 stage() {
   local name=$1 limit=$2 start=$SECONDS status verdict=passed
   shift 2
-  echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  echo "== $name" | tee -a "$out/log.txt"
+  timeout --kill-after=5 "$limit" "$@" >"$work/log" 2>&1
   status=$?
   case $status in
     0) ;;
@@ -33,11 +44,28 @@ stage() {
     *) verdict="FAILED, status $status" ;;
   esac
   [ "$status" -eq 0 ] || failed=1
-  tail -n 60 "$out/$name.log"
-  echo "$name: $verdict after $((SECONDS - start)) s" >>"$out/summary.txt"
+  cat "$work/log" >>"$out/log.txt"
+  tail -n 50 "$work/log"
+  note "$name: $verdict after $((SECONDS - start)) s"
 }
 
-stage machine 30 "$python" - "$device" <<'PYTHON'
+wanted() {
+  [[ $stages == *" $1 "* ]]
+}
+
+# compiles the extension at its first use, and holds every backend to the accuracy rule
+doctor() {
+  "$python" -c 'import sys; from fused_po.cli import main; sys.exit(main(["doctor", "--json"]))' >"$out/doctor.json"
+  local status=$?
+  cat "$out/doctor.json"
+  [ "$device" = cpu ] || grep -q '"loaded_from": "' "$out/doctor.json" || { echo "no CUDA extension"; return 1; }
+  return $status
+}
+# for timeout, which runs programs
+export -f doctor
+export python device out
+
+wanted machine && stage machine 15 "$python" - "$device" <<'PYTHON'
 import platform, sys, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 assert torch.ones(8, device=sys.argv[1]).sum().item() == 8
@@ -45,17 +73,42 @@ if sys.argv[1] == "cuda":
     print(torch.cuda.get_device_properties(0))
 PYTHON
 
-# only the files with such tests: what others import need not be there
-mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
-workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-stage tests 230 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" --continue-on-collection-errors \
-  --durations=10 "${files[@]}"
+wanted build && stage build 80 bash -c doctor
+
+if wanted tests; then
+  # only the files with such tests: what others import need not be there
+  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+  # these take their backends from another file
+  files+=(tests/kernels/test_shards.py)
+  workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  stage tests 150 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+    --continue-on-collection-errors --durations=10 "${files[@]}"
+  # the operations once more on the backend that did not come first
+  stage tests-triton 50 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+    tests/gpu/test_ops.py
+fi
+
+if wanted sanitize; then
+  if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      stage "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
+    done
+  else
+    note "sanitize: not run, $([ "$device" = cuda ] && echo "compute-sanitizer is not installed" || echo "needs a GPU")"
+  fi
+fi
 
 cases=()
-[ "$device" = cpu ] && cases=(--quick --seconds 0.5)
-stage ops 230 "$python" -m bench.bench_ops --device "$device" --commit "${COMMIT:-}" --stop-after 180 \
-  --output "$out/ops.json" "${cases[@]+"${cases[@]}"}"
+[ "$device" = cpu ] && cases=(--seconds 0.3)
+limit=${ROWS_SECONDS:-65}
+wanted rows && stage rows "$limit" "$python" -m bench.bench_rows --quick --seconds 1.5 --device "$device" \
+  --commit "${COMMIT:-}" --stop-after $((limit * 2 / 3)) --output "$out/rows.json" "${cases[@]+"${cases[@]}"}"
+
+[ "$device" = cpu ] && cases+=(--quick)
+limit=${OPS_SECONDS:-90}
+wanted ops && stage ops "$limit" "$python" -m bench.bench_ops --device "$device" --commit "${COMMIT:-}" \
+  --stop-after $((limit * 2 / 3)) --output "$out/ops.json" "${cases[@]+"${cases[@]}"}"
 
 echo "== summary"
 cat "$out/summary.txt"

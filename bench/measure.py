@@ -31,14 +31,17 @@ def step(way: Way, problem: Problem) -> Call:
     return call
 
 
-def once(call: Call, device: str) -> float:
-    """Seconds of one call."""
+def once(call: Call, device: str, ahead: bool = False) -> float:
+    """Seconds of one call; with ``ahead`` of the device alone, the host's part hidden behind a wait in its queue."""
     if device != "cuda":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if ahead:
+        # cycles, about a millisecond
+        torch.cuda._sleep(2_000_000)
     first.record()
     call()
     last.record()
@@ -46,7 +49,9 @@ def once(call: Call, device: str) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def interleaved(calls: dict[str, Call], device: str, seconds: float, most: int = 30) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Call], device: str, seconds: float, most: int = 30, ahead: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each call, in turns, for about so many seconds and at least five turns after a warm-up."""
     for call in calls.values():
         call()
@@ -54,7 +59,7 @@ def interleaved(calls: dict[str, Call], device: str, seconds: float, most: int =
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(max(5, min(most, int(seconds / turn)))):
         for name, call in calls.items():
-            times[name].append(once(call, device))
+            times[name].append(once(call, device, ahead))
     return times
 
 
@@ -79,9 +84,8 @@ def floors(problem: Problem, device: str) -> tuple[dict[str, Call], int]:
 
     Also the bytes that the copy reads and writes.
     """
-    source = torch.ones(1 << (29 if device == "cuda" else 25), device=device)
-    target = torch.empty_like(source)
-    calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
+    copy, traffic = large_copy(device)
+    calls: dict[str, Call] = {"copy": copy}
     case = problem.case
     if case.gemms:
         hidden = problem.hidden.detach().flatten(0, 1)[:8192]
@@ -95,12 +99,20 @@ def floors(problem: Problem, device: str) -> tuple[dict[str, Call], int]:
                 torch.mm(tile.t(), hidden)
 
         calls["gemms"] = products
-    return calls, source.nbytes + target.nbytes
+    return calls, traffic
+
+
+def large_copy(device: str) -> tuple[Call, int]:
+    """A copy far larger than any cache, and the bytes that it reads and writes."""
+    # random: zeros may move faster
+    source = torch.rand(1 << (29 if device == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), source.nbytes + target.nbytes
 
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """What the numbers depend on besides the code; ``commit`` is recorded where git can't tell."""
-    packages = {name: _version(name) for name in ("triton", "trl", "transformers")}
+    packages = {name: _version(name) for name in ("triton", "trl", "transformers", "liger-kernel", "quack-kernels")}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_po.kernels.contract import Transform
+from fused_po.kernels import library
+from fused_po.kernels.contract import Coefficients, Span, Transform, accumulation_dtype, finish
+from fused_po.ops.plain import plain_stats
 
-__all__ = ["CASES", "KernelCase", "KernelProblem", "accuracy", "assert_accurate"]
+__all__ = ["CASES", "Check", "KernelCase", "KernelProblem", "accuracy", "assert_accurate", "self_test"]
 
 
 @dataclass(frozen=True)
@@ -136,3 +138,72 @@ def assert_accurate(got: Tensor, naive: Tensor, truth: Tensor, what: str = "resu
     assert same and bool(got[~odd].isfinite().all()), f"{what}: infinities or NaN differ"
     error, bound = accuracy(got, naive, truth)
     assert error <= bound, f"{what}: error {error:.3g} over its bound {bound:.3g}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result of a backend: its largest error to float64, and the bound of the accuracy rule."""
+
+    what: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def self_test(backend: str, device: torch.device | str) -> list[Check]:
+    """Hold the three kernels of a backend to the accuracy rule on a few small cases.
+
+    Args:
+        backend: a name from ``fused_po.kernels.select.BACKENDS``.
+        device: where to run.
+
+    Raises:
+        ValueError: the backend can't run there.
+    """
+    checks = []
+    for case, dtype in (
+        ("usual", torch.float32),
+        ("everything", torch.float32),
+        ("longer than a block", torch.bfloat16),
+    ):
+        problem = CASES[case].make(dtype, device)
+        got = _by_kernels(problem, backend)
+        naive, truth = _by_autograd(problem, accumulation_dtype(dtype)), _by_autograd(problem, torch.float64)
+        name = f"{case}, {str(dtype).removeprefix('torch.')}"
+        for key, value in got.items():
+            checks.append(Check(f"{key} ({name})", *accuracy(value, naive[key].to(value.dtype), truth[key])))
+    return checks
+
+
+def _by_kernels(problem: KernelProblem, backend: str) -> dict[str, Tensor]:
+    x, labels, transform, span = problem.x, problem.labels, problem.transform, Span(0, problem.vocab_size)
+    outputs = ("logp", "entropy", "lse")
+    partials = library.row_stats(x, labels, transform, span, outputs, backend)
+    stats, anchors = finish(partials, labels, problem.vocab_size, outputs)
+    tile, gradient = (torch.full_like(x, torch.nan) for _ in range(2))
+    library.row_softmax(x, labels, transform, span, outputs, tile, backend)
+    ones = torch.ones_like(stats.present()["logp"])
+    library.row_grad(x, labels, transform, span, anchors, Coefficients(ones, ones, ones), gradient, backend)
+    return stats.present() | {"tile": tile[:, : span.stop], "gradient": gradient[:, : span.stop]}
+
+
+def _by_autograd(problem: KernelProblem, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same by the textbook."""
+    leaf = problem.x[:, : problem.vocab_size].detach().to(dtype).requires_grad_()
+    transform = problem.transform
+    temperature = transform.temperature if transform.temperatures is None else transform.temperatures.to(dtype)
+    with torch.enable_grad():
+        stats = plain_stats(
+            leaf,
+            problem.labels,
+            temperature=temperature,
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
+            outputs=("logp", "entropy", "lse"),
+        ).present()
+        (tile,) = torch.autograd.grad(stats["logp"].sum(), leaf, retain_graph=True)
+        (gradient,) = torch.autograd.grad(torch.stack(list(stats.values())).sum(), leaf)
+    return {name: value.detach() for name, value in stats.items()} | {"tile": tile, "gradient": gradient}

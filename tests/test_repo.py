@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "advantages.py": {"torch"},
     "losses": {"torch", "stats"},
     "splits.py": {"torch", "losses"},
-    "kernels": {"torch", "triton", "stats"},
+    "kernels": {"torch", "triton", "filelock", "stats"},
     "ops": {"torch", "stats", "kernels", "losses", "splits"},
     "trainers": {"torch", "transformers", "peft", "trl", "stats", "losses", "ops"},
 }

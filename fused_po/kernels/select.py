@@ -10,10 +10,14 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ["BACKENDS", "select"]
+__all__ = ["BACKENDS", "select", "unsupported"]
 
 # in the order of preference
-BACKENDS = {"triton": "fused_po.kernels.triton_rows", "reference": "fused_po.kernels.reference"}
+BACKENDS = {
+    "cuda": "fused_po.kernels.cuda",
+    "triton": "fused_po.kernels.triton_rows",
+    "reference": "fused_po.kernels.reference",
+}
 
 logger = logging.getLogger("fused_po")
 
@@ -34,17 +38,22 @@ def select(kernel: str, x: Tensor, requested: str | None) -> ModuleType:
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
     for name in BACKENDS if requested is None else (requested,):
-        module, reason = _load(name)
-        if module is not None:
-            # interpreted kernels are for tests, so CPU tensors get them only by name
-            on_cpu_unasked = name == "triton" and x.device.type == "cpu" and requested is None
-            reason = "CPU tensors" if on_cpu_unasked else module.unsupported(kernel, x)
-            if reason is None:
-                _announce(name, x.device.type)
-                return module
+        # interpreted kernels are for tests, so CPU tensors get them only by name
+        on_cpu_unasked = name == "triton" and x.device.type == "cpu" and requested is None
+        reason = "CPU tensors" if on_cpu_unasked else unsupported(name, kernel, x)
+        module, _ = _load(name)
+        if reason is None and module is not None:
+            _announce(name, x.device.type)
+            return module
         if requested is not None:
             raise ValueError(f"backend {name!r} can't run {kernel}: {reason}")
     raise AssertionError("the reference backend supports every case")
+
+
+def unsupported(name: str, kernel: str, x: Tensor) -> str | None:
+    """Why a backend can't run a kernel on a tensor, in words; None if it can."""
+    module, reason = _load(name)
+    return reason if module is None else module.unsupported(kernel, x)
 
 
 @cache

@@ -45,7 +45,7 @@ def test_a_cpu_tensor_runs_on_the_reference_unless_asked():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="unknown backend 'cudda': expected one of triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cudda': expected one of cuda, triton, reference"):
         select("row_stats", logits(), "cudda")
 
 

@@ -13,12 +13,16 @@ from fused_po.kernels.contract import Coefficients, Span, finish
 from fused_po.ops.plain import plain_stats
 from fused_po.stats import STATISTICS, Stats
 from fused_po.testing import CASES, KernelProblem, assert_accurate
+from tests.kernels import fiber
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BACKENDS = {
     "reference": ("reference", "cpu"),
     "triton-interpreted": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
+    "cuda-gpu": ("cuda", "cuda"),
+    # the CUDA kernels on the CPU, on made-up GPUs
+    **{name: (name, "cpu") for name in fiber.register()},
 }
 
 
@@ -41,6 +45,8 @@ backends = on_backends()
 def interpreted_or_skip(backend: str, device: str) -> None:
     if backend == "triton" and device == "cpu" and torch.cuda.is_available():
         pytest.skip("the Triton kernels are compiled here, not interpreted")
+    if backend.startswith("fibers") and fiber.compiler() is None:
+        pytest.skip("the CUDA kernels need a C++ compiler to run on the CPU")
 
 
 def plain(problem: KernelProblem, dtype: torch.dtype) -> tuple[Tensor, Stats]:
@@ -305,7 +311,8 @@ def test_asking_for_less_changes_nothing(backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.large
-def test_more_than_two_to_the_31_elements():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_than_two_to_the_31_elements(backend):
     """Row offsets are 64 bits: the last rows of a tensor of 2^31 + elements."""
     vocab, rows = 131072, 16400
     x = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda")
@@ -315,8 +322,8 @@ def test_more_than_two_to_the_31_elements():
     transform = CASES["flat"].make(torch.float32).transform
     tail = KernelProblem(x[-2:].clone(), labels[-2:].clone(), transform, vocab)
     whole = KernelProblem(x, labels, transform, vocab)
-    assert torch.equal(run_stats(whole, "triton").logp[-2:], run_stats(tail, "triton").logp)
-    arguments = (transform, Span(0, vocab), ("logp",), None, "triton")
+    assert torch.equal(run_stats(whole, backend).logp[-2:], run_stats(tail, backend).logp)
+    arguments = (transform, Span(0, vocab), ("logp",), None, backend)
     library.row_softmax(tail.x, tail.labels, *arguments)
     library.row_softmax(x, labels, *arguments)
     assert torch.equal(x[-2:], tail.x)

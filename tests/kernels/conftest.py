@@ -1,0 +1,31 @@
+"""The CUDA extension as the tests build it: once, every architecture, warnings as errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fused_po.kernels import jit
+from fused_po.kernels.build import BuildError, Recipe, Toolkit, find_sources
+
+
+@pytest.fixture(scope="session")
+def cuda_build(pytestconfig: pytest.Config) -> tuple[Recipe, Path]:
+    """The recipe and the module, kept in pytest's cache between runs; skips where there is no nvcc."""
+    try:
+        toolkit = Toolkit.find()
+    except BuildError as error:
+        pytest.skip(f"the CUDA extension can't be built: {error}")
+    sources = find_sources()
+    assert sources is not None
+    recipe = Recipe(toolkit, toolkit.architectures(), sources, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_PO_CACHE", str(pytestconfig.cache.mkdir("cuda")))
+        return recipe, jit.build_cached(recipe)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(cuda_build: tuple[Recipe, Path]) -> ModuleType:
+    return jit.load_from(cuda_build[1])

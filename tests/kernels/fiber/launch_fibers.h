@@ -1,0 +1,58 @@
+// The CPU twin of the launches in csrc/launch.h: devices are made up, so that small rows take every path.
+#pragma once
+
+#include <type_traits>
+
+#include "executor.h"
+#include "plan.h"
+
+namespace fused_po {
+
+// 0 has no clusters; 1 is a Hopper GPU, where every test row fits into one block; 2 has so little shared memory that
+// rows of a few hundred columns take a cluster, and those of 9000 columns in float32 do not fit into any
+inline Capabilities capabilities(int device) {
+  switch (device) {
+    case 0:
+      return {8, 0, 163 << 10, 164 << 10, 1 << 10};
+    case 1:
+      return {9, 0, 227 << 10, 228 << 10, 1 << 10};
+    case 2:
+      return {9, 0, 2736, 2736, 0};
+    default:
+      throw std::runtime_error("there is no such device");
+  }
+}
+
+struct CurrentDevice {
+  explicit CurrentDevice(int) {}
+};
+
+using Kernel = void (*)(RowArgs);
+
+inline bool fits(Kernel, const Geometry&) { return true; }
+
+// "blocks x threads, clusters of n" of the last launch
+inline Geometry last_launch{};
+
+inline void launch(Kernel kernel, const Geometry& geometry, const RowArgs& args, void*, const std::string& what) {
+  const auto bytes = [](int code) { return code == kFloat32 ? 4 : 2; };
+  auto& ranges = fiber::executor.ranges;
+  ranges.clear();
+  const auto add = [&](const void* base, int64_t rows, int64_t row_bytes, int64_t stride, bool writable) {
+    if (base) ranges.push_back({reinterpret_cast<uintptr_t>(base), rows, row_bytes, stride, writable});
+  };
+  add(args.x, args.rows, static_cast<int64_t>(args.width) * bytes(args.x_code), args.x_stride, false);
+  add(args.out, args.rows, static_cast<int64_t>(args.out_width) * bytes(args.out_code), args.out_stride, true);
+  for (const float* numbers : {args.temperatures, args.c, args.e, args.l}) add(numbers, 1, 4 * args.rows, 0, false);
+  add(args.labels, 1, 8 * args.rows, 0, false);
+  add(args.anchors, 1, 4 * 4 * args.rows, 0, false);
+  add(args.partials, 1, 7 * 4 * args.rows, 0, true);
+  last_launch = geometry;
+  try {
+    fiber::executor.run(geometry.blocks, geometry.threads, geometry.cluster, geometry.shared, [&] { kernel(args); });
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(what + ": " + error.what());
+  }
+}
+
+}  // namespace fused_po

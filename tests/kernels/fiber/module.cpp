@@ -1,0 +1,20 @@
+// What is not in the sources of the extension: its interface comes from csrc/bindings.cpp as it is.
+#include "launch.h"
+
+namespace fused_po {
+
+int device_count() { return 3; }
+std::vector<std::string> architectures() { return {"fibers"}; }
+
+// "seed=<n>" is not a property of the build, but keeps the interface that of the extension
+std::map<std::string, std::string> build_info() {
+  return {{"cluster", std::to_string(last_launch.cluster)},
+          {"threads", std::to_string(last_launch.threads)},
+          {"blocks", std::to_string(last_launch.blocks)},
+          {"shared", std::to_string(last_launch.shared)}};
+}
+
+}  // namespace fused_po
+
+// for ctypes
+extern "C" void fused_po_seed(unsigned long long seed) { fused_po::fiber::executor.seed = seed; }

@@ -1,0 +1,347 @@
+"""How the CUDA extension is built, found and cached. Needs no GPU; what needs nvcc is skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fused_po.kernels import build, jit
+from fused_po.kernels.build import SUFFIX, BuildError, Recipe, Toolkit, ahead_of_time, find_nvcc
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = ("75", "80", "86", "90", "100", "120")
+TOOLKIT = Toolkit(Path("/nowhere/nvcc"), "13.0.88", KNOWN)
+
+# answers as nvcc does, counts its runs, "compiles" by copying and fails on sources that hold the word broken
+FAKE = """\
+#!{python}
+import pathlib, sys
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    print("Cuda compilation tools, release 13.0, V13.0.88")
+elif arguments == ["--list-gpu-code"]:
+    print("sm_80\\nsm_90\\nsm_100\\nsm_120")
+else:
+    here = pathlib.Path(__file__)
+    with open(here.with_name("calls"), "a") as calls:
+        calls.write(" ".join(arguments) + "\\n")
+    target = arguments[arguments.index("-o") + 1]
+    if "-c" in arguments:
+        source = pathlib.Path(arguments[arguments.index("-c") + 1])
+        if "broken" in source.read_text():
+            sys.exit(f'{{source.name}}(1): error: identifier "broken" is undefined')
+        pathlib.Path(target + ".d").write_text(f"{{target}}: {{source}}\\n")
+    pathlib.Path(target).write_text("object")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Path:
+    """A compiler that takes no time, two sources and an empty cache; gives the log of its runs."""
+    home = tmp_path / "a cuda"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(FAKE.format(python=sys.executable))
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("FUSED_PO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    sources = tmp_path / "csrc $1"
+    sources.mkdir()
+    (sources / "bindings.cpp").write_text("bindings\n")
+    (sources / "rows.cu").write_text("rows\n")
+    monkeypatch.setattr(build, "find_sources", lambda: sources)
+    monkeypatch.setattr(jit, "find_sources", lambda: sources)
+    (nvcc.parent / "calls").touch()
+    return nvcc.parent / "calls"
+
+
+def recipe(fake: Path) -> Recipe:
+    toolkit = Toolkit.find()
+    assert toolkit.nvcc == fake.parent / "nvcc"
+    return Recipe(toolkit, ("80", "90"), build.find_sources())
+
+
+def calls(fake: Path) -> list[str]:
+    return fake.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, ("80", "90", "100", "120+PTX")),
+        ("", ("80", "90", "100", "120+PTX")),
+        ("8.0;9.0+PTX", ("80", "90+PTX")),
+        ("9.0a", ("90a",)),
+        ("12.0+PTX 8.0,9.0", ("80", "90", "120+PTX")),
+        ("9.0;9.0+PTX; 8.0 ;", ("80", "90+PTX")),
+        ("7.0;7.5;8.6", ("86",)),
+        ("10.0f", ("100f",)),
+    ],
+)
+def test_architectures(text, wanted):
+    assert TOOLKIT.architectures(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Hopper", "'Hopper' is not of the form"),
+        ("8", "'8' is not of the form"),
+        ("9.0+ptx", "'9.0\\+ptx' is not of the form"),
+        ("9.0;sm_90", "'sm_90' is not of the form"),
+        ("7.5", "no architecture from sm_80 on in '7.5'"),
+        ("8.0;15.0", "nvcc 13.0.88 does not know sm_150"),
+        (";", "is not of the form"),
+    ],
+)
+def test_bad_architectures_are_refused_in_words(text, words):
+    with pytest.raises(BuildError, match=words):
+        TOOLKIT.architectures(text)
+
+
+def test_an_older_nvcc_builds_what_it_knows_by_default():
+    assert replace(TOOLKIT, codes=("80", "86", "90")).architectures() == ("80", "90+PTX")
+
+
+def test_architectures_of_the_gpus_that_are_there():
+    assert TOOLKIT.architectures_of([(9, 0), (9, 0), (8, 6)]) == ("86", "90")
+    assert TOOLKIT.architectures_of([(10, 3)]) == ("100+PTX",)
+    assert TOOLKIT.architectures_of([(7, 5), (8, 0)]) == ("80",)
+    with pytest.raises(BuildError, match="no GPU here from sm_80 on"):
+        TOOLKIT.architectures_of([(7, 5)])
+
+
+def test_nvcc_is_found_in_its_places(fake, tmp_path, monkeypatch):
+    assert find_nvcc() == fake.parent / "nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(fake.parent))
+    assert find_nvcc() == fake.parent / "nvcc"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    installed = tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc"
+    installed.parent.mkdir(parents=True)
+    (fake.parent / "nvcc").rename(installed)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site-packages")])
+    assert find_nvcc() == installed
+
+
+def test_ahead_of_time_by_request(fake, monkeypatch):
+    for editable, request in ((False, None), (False, ""), (False, "1"), (True, "1")):
+        made, line = ahead_of_time(request, editable)
+        assert made is not None and made.architectures == ("80", "90", "100", "120+PTX")
+        assert "with the CUDA extension: nvcc 13.0.88, sm_80, sm_90" in line
+    assert ahead_of_time("0", False) == (None, "without the CUDA extension: FUSED_PO_BUILD_CUDA=0")
+    made, line = ahead_of_time(None, editable=True)
+    assert made is None and "first use" in line
+    with pytest.raises(BuildError, match="FUSED_PO_BUILD_CUDA='yes': expected 1, 0 or nothing"):
+        ahead_of_time("yes", False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert ahead_of_time(None, False)[0].architectures == ("90a",)
+
+
+@pytest.mark.parametrize("missing", ["nvcc", "ninja", "pybind11", "architecture"])
+def test_ahead_of_time_without_the_tools(missing, fake, monkeypatch):
+    if missing == "nvcc":
+        monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    elif missing == "ninja":
+        monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    elif missing == "pybind11":
+        monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    made, line = ahead_of_time(None, editable=False)
+    assert made is None and line.startswith("without the CUDA extension: ") and missing in line
+    with pytest.raises(BuildError, match=missing):
+        ahead_of_time("1", editable=False)
+
+
+def test_a_second_call_compiles_nothing(fake):
+    first = jit.build_cached(recipe(fake))
+    assert first.is_file() and first.name == f"_cuda{SUFFIX}"
+    # two compilations and a link
+    assert len(calls(fake)) == 3
+    assert jit.build_cached(recipe(fake)) == first
+    assert len(calls(fake)) == 3
+    # nothing but the module and its lock
+    cache = jit.cache_folder()
+    assert sorted(path.name for path in cache.iterdir()) == sorted([first.parent.name, f"{first.parent.name}.lock"])
+
+
+def test_the_cache_follows_what_a_build_depends_on(fake, monkeypatch):
+    made = recipe(fake)
+    keys = [made.key, replace(made, architectures=("80",)).key, replace(made, strict=True).key]
+    keys.append(replace(made, toolkit=replace(made.toolkit, version="13.1.0")).key)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
+    keys.append(made.key)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS")
+    header = made.sources / "rows.cuh"
+    header.write_text("one")
+    keys.append(replace(made).key)
+    header.write_text("two")
+    keys.append(replace(made).key)
+    header.rename(made.sources / "other.cuh")
+    keys.append(replace(made).key)
+    assert len(set(keys)) == len(keys)
+    # and on nothing else
+    (made.sources / "other.cuh").unlink()
+    (made.sources / "notes.md").write_text("words")
+    assert replace(made).key == keys[0]
+
+
+def test_a_failed_build_leaves_nothing_and_says_why(fake):
+    made = recipe(fake)
+    (made.sources / "rows.cu").write_text("broken\n")
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r'nvcc 13.0.88 failed: rows.cu\(1\): error: identifier "broken"'):
+            jit.build_cached(made)
+    assert [path.suffix for path in jit.cache_folder().iterdir()] == [".lock"]
+    (made.sources / "rows.cu").write_text("rows\n")
+    assert jit.build_cached(recipe(fake)).is_file()
+
+
+def test_two_processes_build_once(fake):
+    made = recipe(fake)
+    code = (
+        "import sys; from pathlib import Path; from fused_po.kernels import build, jit;"
+        "made = build.Recipe(build.Toolkit.find(), ('80', '90'), Path(sys.argv[1]));"
+        "print(jit.build_cached(made))"
+    )
+    command = [sys.executable, "-c", code, str(made.sources)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {process.communicate(timeout=60)[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(paths) == 1
+    assert len(calls(fake)) == 3
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_PO_CACHE", str(tmp_path / "own"))
+    assert jit.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("FUSED_PO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert jit.cache_folder() == tmp_path / "fused_po"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert jit.cache_folder() == tmp_path / ".cache" / "fused_po"
+
+
+def test_a_cache_that_can_not_be_written_says_so(fake, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSED_PO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="the cache folder .*file can't be used"):
+        jit.build_cached(recipe(fake))
+
+
+def test_building_at_the_first_use(fake, monkeypatch):
+    monkeypatch.setattr(jit, "NAME", "fused_po._nothing_like_it")
+    monkeypatch.setenv("FUSED_PO_JIT", "0")
+    with pytest.raises(
+        BuildError, match="it was not built ahead of time, and FUSED_PO_JIT=0 turns building it now off"
+    ):
+        jit.load_extension([(9, 0)])
+    assert not calls(fake)
+    monkeypatch.delenv("FUSED_PO_JIT")
+    # the fake compiler writes no module
+    with pytest.raises(BuildError, match="building it now failed: .*_cuda"):
+        jit.load_extension([(9, 0)])
+    assert any("sm_90" in call for call in calls(fake)) and not any("sm_80" in call for call in calls(fake))
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(BuildError, match="it was not built ahead of time, and can't be built now: nvcc was not found"):
+        jit.load_extension([(9, 0)])
+
+
+HOOKS = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what a package is built from."""
+    folder = tmp_path / "checkout"
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("fused_po", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def package(hook: str, checkout: Path, request: str | None, **more: str) -> subprocess.CompletedProcess[str]:
+    """Call a hook of the build backend, as pip does."""
+    environment = {name: value for name, value in os.environ.items() if name != "FUSED_PO_BUILD_CUDA"}
+    environment |= more if request is None else {**more, "FUSED_PO_BUILD_CUDA": request}
+    target = checkout.parent / "dist"
+    target.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOOKS, hook, str(target)]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+def wheel(checkout: Path) -> tuple[str, set[str]]:
+    """Name and content of the one wheel."""
+    (path,) = (checkout.parent / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return path.name, set(archive.namelist())
+
+
+@pytest.mark.parametrize("request_", [None, "0", "1"])
+def test_a_wheel(request_, fake, checkout):
+    run = package("build_wheel", checkout, request_)
+    assert run.returncode == 0, run.stderr
+    name, files = wheel(checkout)
+    # the sources are there either way, for a build at the first use
+    assert {f"fused_po/csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= files
+    assert not any(name.startswith("csrc/") for name in files)
+    if request_ == "0":
+        assert "fused_po: without the CUDA extension: FUSED_PO_BUILD_CUDA=0" in run.stdout
+        assert name.endswith("-py3-none-any.whl") and not calls(fake)
+    else:
+        assert "fused_po: with the CUDA extension: nvcc 13.0.88, sm_80, sm_90, sm_100, sm_120+PTX" in run.stdout
+        assert not name.endswith("-any.whl") and f"fused_po/_cuda{SUFFIX}" in files
+
+
+def test_a_wheel_of_broken_sources(fake, checkout):
+    (checkout / "csrc" / "broken.cu").write_text("broken\n")
+    run = package("build_wheel", checkout, "1")
+    assert run.returncode != 0 and 'error: identifier "broken" is undefined' in run.stderr
+    run = package("build_wheel", checkout, None)
+    assert run.returncode == 0, run.stderr
+    assert "without the CUDA extension: nvcc 13.0.88 failed: broken.cu(1): error" in run.stdout
+    assert f"fused_po/_cuda{SUFFIX}" not in wheel(checkout)[1]
+
+
+@pytest.mark.parametrize(("request_", "words"), [("1", "no architecture from sm_80 on"), ("maybe", "expected 1, 0")])
+def test_a_wheel_that_can_not_be_built_as_asked(request_, words, fake, checkout):
+    run = package("build_wheel", checkout, request_, TORCH_CUDA_ARCH_LIST="5.0")
+    assert run.returncode != 0 and words in run.stderr
+
+
+@pytest.mark.parametrize("request_", [None, "1"])
+def test_an_editable_install_compiles_only_if_asked(request_, fake, checkout):
+    run = package("build_editable", checkout, request_)
+    assert run.returncode == 0, run.stderr
+    assert (checkout / "fused_po" / f"_cuda{SUFFIX}").exists() == bool(calls(fake)) == (request_ == "1")
+    assert not any("csrc" in name for name in wheel(checkout)[1])
+
+
+def test_a_source_distribution_holds_the_sources(fake, checkout):
+    run = package("build_sdist", checkout, "1")
+    assert run.returncode == 0, run.stderr
+    (path,) = (checkout.parent / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"setup.py"} <= names
+    assert not calls(fake)
+
+
+def test_sources_are_found_in_a_checkout():
+    assert build.find_sources() == ROOT / "csrc"
