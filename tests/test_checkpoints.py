@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_po import losses
-from fused_po.cli.models import load_tokenizer
 from fused_po.diagnostics import Examples, alignment_over_checkpoints, check_checkpoints, gradient_alignment
+from fused_po.trainers.loading import load_tokenizer
 
 V, S = 32, 7
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_po.cli.models import load_tokenizer
+from fused_po.trainers.loading import load_tokenizer
 from fused_po.trainers.preferences import PreferenceError, Preferences, TokenPair, collate, mismatched
 
 ROW = {"prompt": "Say hello.", "chosen": "Hello there!", "rejected": "No."}

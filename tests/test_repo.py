@@ -30,7 +30,12 @@ MAY_IMPORT = {
     "splits.py": {"torch", "losses"},
     "kernels": {"torch", "triton", "filelock", "stats"},
     "ops": {"torch", "stats", "kernels", "losses", "splits"},
-    "trainers": {"torch", "transformers", "peft", "trl", "stats", "losses", "ops"},
+    "trainers": {"torch", "transformers", "tokenizers", "peft", "trl", "stats", "losses", "splits", "ops"},
+    "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
+    "study": {
+        *("torch", "transformers", "tokenizers", "matplotlib", "jinja2"),
+        *("advantages", "losses", "splits", "ops", "trainers", "diagnostics", "fused_po"),
+    },
 }
 
 

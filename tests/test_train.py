@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from fused_po.cli import compare as comparing
 from fused_po.cli import main
-from fused_po.cli.models import load_tokenizer
+from fused_po.trainers.loading import load_tokenizer
 
 WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
 

@@ -20,9 +20,9 @@ from fused_po import LossOutput, linear_loss, losses
 from fused_po.cli.checkpoint import load_checkpoint, save_checkpoint
 from fused_po.cli.compare import Comparison
 from fused_po.cli.inputs import SideInputs, check_trainable
-from fused_po.cli.models import add_adapter, load_model, load_tokenizer, save_model
 from fused_po.cli.report import plot
 from fused_po.ops.plain import plain_loss, plain_stats, rounding
+from fused_po.trainers.loading import add_adapter, load_model, load_tokenizer, save_model
 from fused_po.trainers.model import hidden_and_head, token_stats_of
 from fused_po.trainers.preferences import AnswerBatch, Preferences, TokenPair, collate
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_po import advantages, linear_loss, losses
+from fused_po import advantages, losses
 from fused_po.diagnostics import Examples
 from fused_po.losses import Loss
+from fused_po.ops import linear_loss
 from fused_po.splits import Split
 from fused_po.study.policy import Language, Sample, sample, token_logp
 from fused_po.study.settings import Settings

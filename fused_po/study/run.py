@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_po import losses, stats_loss
+from fused_po import losses
 from fused_po.diagnostics import Examples, alignment_over_checkpoints, learning_dynamics
+from fused_po.ops import stats_loss
 from fused_po.study.learners import MAX_TOKENS, Learner, PairLearner, RolloutLearner, pair_examples, supervise
 from fused_po.study.policy import Language, Sample, new_model, sample, tiny_tokenizer
 from fused_po.study.settings import ARMS, METHODS, Settings
@@ -95,7 +96,7 @@ class _Seed:
             return Language(tokenizer), new_model(tokenizer, settings.hidden_size, settings.layers, self.seed).to(
                 settings.device
             )
-        from fused_po.cli.models import load_model, load_tokenizer
+        from fused_po.trainers.loading import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(settings.model, [])
         return Language(tokenizer), load_model(settings.model, tokenizer, self.seed).to(settings.device)

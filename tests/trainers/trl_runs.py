@@ -15,8 +15,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
-from fused_po.cli.models import load_tokenizer
 from fused_po.trainers import trl as hooks
+from fused_po.trainers.loading import load_tokenizer
 
 STEPS = 5
 PAIRS = [

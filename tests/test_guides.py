@@ -1,0 +1,58 @@
+"""Every script of the guides runs, with a tiny model in the place of the one that it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_po.trainers.loading import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAMED = "Qwen/Qwen3-0.6B"
+# a script names its model; other blocks are lines to show
+SCRIPTS = {
+    f"{page.stem}-{index}": block
+    for page in sorted((ROOT / "docs" / "guides").glob("*.md"))
+    for index, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    if NAMED in block
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer("tiny", list(SCRIPTS.values()))
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, **sizes, **ids)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_there_are_scripts() -> None:
+    assert len(SCRIPTS) >= 4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name: str, tiny: Path, tmp_path: Path) -> None:
+    if "from trl" in SCRIPTS[name]:
+        pytest.importorskip("trl", reason="TRL is not installed: its guide is not run")
+    script = tmp_path / "script.py"
+    # TRL's defaults are for a GPU
+    text = SCRIPTS[name].replace(NAMED, str(tiny)).replace("output_dir=", "use_cpu=True, bf16=False, output_dir=")
+    script.write_text(text, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
