@@ -10,6 +10,7 @@ constexpr int kInFlight = 4;
 constexpr int kMaxThreads = kWarps * device::kWarp;
 // of a block with a resident row: three such blocks leave 56 registers to a thread, and 512 threads would leave 40
 constexpr int kResidentThreads = 384;
+constexpr int kGradThreads = 256;
 
 struct RowArgs {
   const unsigned char* x;
@@ -311,7 +312,7 @@ row_softmax_resident_kernel(const KERNEL_PARAMETER RowArgs args) {
 
 // dL/dx from anchors and coefficients: one read, one write, no reduction.
 template <class E, bool kSoftcap, bool kEntropy>
-KERNEL(kMaxThreads, 2)
+KERNEL(kGradThreads, 3)
 row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
   constexpr int N = kColumns<E>;
   const int thread = device::thread_index(), threads = device::thread_count();
