@@ -352,7 +352,7 @@ row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
       const float others = kEntropy ? fmaf(-e, fmaxf(log_p, -1e4f) + entropy, factor) : factor;
       g[i] = device::product(p, others);
       // c (1 - p_y) as a whole: c - c p_y would cancel at peaked rows
-      if (is_target && args.c) g[i] = fmaf(p, others + c, -device::product(c, expm1f(own)));
+      if (is_target && args.c) g[i] = fmaf(expf(own), others + c, -device::product(c, expm1f(own)));
       g[i] = device::product(g[i], slope);
     }
     store_vector(place.out, args.out_code, column, g, args.width - column);
