@@ -48,7 +48,8 @@ RowArgs common_args(const Logits& logits, const std::string& what) {
 
 void add_output(RowArgs& args, const Logits& logits, const Output& out, const std::string& what) {
   require(out.dtype >= kFloat32 && out.dtype <= kFloat16, what, "element types are float32, bfloat16 and float16");
-  require(out.data != logits.x || (out.dtype == logits.dtype && out.stride == logits.stride), what,
+  const bool in_place = logits.rows > 0 && out.data == logits.x;
+  require(!in_place || (out.dtype == logits.dtype && out.stride == logits.stride), what,
           "in place, the output has the type and stride of the logits");
   args.out = static_cast<unsigned char*>(out.data);
   args.out_stride = out.stride * element_bytes(out.dtype);

@@ -18,6 +18,7 @@ struct alignas(16) Quad {
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
+#define DEVICE_AND_HOST __host__ __device__ __forceinline__
 // at most `threads` in a block, registers for at least `blocks` of them on a multiprocessor
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // by reference in constant memory

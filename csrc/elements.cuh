@@ -59,7 +59,7 @@ DEVICE float load_element(const unsigned char* address) {
   return value;
 }
 
-DEVICE unsigned misalignment(const void* address) {
+DEVICE_AND_HOST unsigned misalignment(const void* address) {
   return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) & 15);
 }
 
@@ -83,13 +83,13 @@ DEVICE Quad extract(const Quad& low, const Quad& high, unsigned shift) {
   return result;
 }
 
-// Columns [column, column + kColumns) of a row of `width` columns in global memory, undefined beyond its end. No byte
+// Columns [column, column + kColumns) of a row of `width` columns in global memory, undefined beyond both ends. No byte
 // outside the row is read.
 template <class E>
 DEVICE Quad load_vector(const unsigned char* row, int width, int column) {
   const unsigned char* address = row + static_cast<int64_t>(column) * E::kBytes;
-  const unsigned shift = misalignment(row);
-  if (shift == 0 && column + kColumns<E> <= width) return device::load_global_quad(address);
+  const unsigned shift = misalignment(address);
+  if (shift == 0 && column >= 0 && column + kColumns<E> <= width) return device::load_global_quad(address);
   const unsigned char* aligned = address - shift;
   if (shift != 0 && aligned >= row && aligned + 32 <= row + static_cast<int64_t>(width) * E::kBytes) {
     return extract(device::load_global_quad_cached(aligned), device::load_global_quad_cached(aligned + 16), shift);
@@ -97,7 +97,7 @@ DEVICE Quad load_vector(const unsigned char* row, int width, int column) {
   Quad quad = {{0, 0, 0, 0}};
 #pragma unroll
   for (int i = 0; i < kColumns<E>; i++) {
-    if (column + i < width) {
+    if (column + i >= 0 && column + i < width) {
       const uint32_t bits = load_bits<E>(address + i * E::kBytes);
       if constexpr (E::kBytes == 4) quad.word[i] = bits;
       if constexpr (E::kBytes == 2) quad.word[i / 2] |= bits << (16 * (i % 2));
@@ -106,46 +106,43 @@ DEVICE Quad load_vector(const unsigned char* row, int width, int column) {
   return quad;
 }
 
-// as many words as the values take
+// What is written is cut into vectors so that they are aligned in `out`: the first vector begins at this column, up to
+// N - 1 columns before the row. Values do not depend on the cut, since each column's is its own.
+template <int N>
+DEVICE int first_stored(const unsigned char* out, int code) {
+  const unsigned bytes = code == kFloat32 ? 4 : 2;
+  const unsigned piece = N * bytes < 16 ? N * bytes : 16;
+  return -static_cast<int>(misalignment(out) % piece / bytes);
+}
+
+// `address` is aligned to 16 bytes, or to all of the words where they are fewer
 template <int N>
 DEVICE void store_words(unsigned char* address, const uint32_t (&words)[N]) {
-  const unsigned odd = misalignment(address);
-  if (N >= 4 && odd == 0) {
+  if constexpr (N >= 4) {
 #pragma unroll
-    for (int i = 0; i + 3 < N; i += 4) {
+    for (int i = 0; i < N; i += 4) {
       device::store_global(address + 4 * i, Quad{{words[i], words[i + 1], words[i + 2], words[i + 3]}});
     }
-  } else if (odd % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      device::store_global(address + 4 * i, words[i] | static_cast<uint64_t>(words[i + 1]) << 32);
-    }
-  } else if (odd % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i++) device::store_global(address + 4 * i, words[i]);
   } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      device::store_global(address + 4 * i, static_cast<uint16_t>(words[i]));
-      device::store_global(address + 4 * i + 2, static_cast<uint16_t>(words[i] >> 16));
-    }
+    device::store_global(address, words[0] | static_cast<uint64_t>(words[1]) << 32);
   }
 }
 
-// the first `count` of N values into a row of elements of type `code`
+// those of N values that stand for columns in [begin, end), into a row of elements of type `code`
 template <int N>
-DEVICE void store_vector(unsigned char* row, int code, int column, const float (&values)[N], int count) {
+DEVICE void store_vector(unsigned char* row, int code, int column, const float (&values)[N], int begin, int end) {
+  const bool whole = column >= begin && column + N <= end;
   if (code == kFloat32) {
     unsigned char* address = row + static_cast<int64_t>(column) * 4;
     uint32_t words[N];
 #pragma unroll
     for (int i = 0; i < N; i++) words[i] = device::as_bits(values[i]);
-    if (count >= N) {
+    if (whole) {
       store_words(address, words);
     } else {
 #pragma unroll
       for (int i = 0; i < N; i++) {
-        if (i < count) device::store_global(address + 4 * i, words[i]);
+        if (column + i >= begin && column + i < end) device::store_global(address + 4 * i, words[i]);
       }
     }
     return;
@@ -159,12 +156,13 @@ DEVICE void store_vector(unsigned char* row, int code, int column, const float (
 #pragma unroll
     for (int i = 0; i < N / 2; i++) words[i] = device::pack_fp16(values[2 * i], values[2 * i + 1]);
   }
-  if (count >= N) {
+  if (whole) {
     store_words(address, words);
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      if (i < count) device::store_global(address + 2 * i, static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
+      const auto half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      if (column + i >= begin && column + i < end) device::store_global(address + 2 * i, half);
     }
   }
 }

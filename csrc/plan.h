@@ -57,8 +57,8 @@ inline Residence plan_residence(int64_t vectors, const Capabilities& gpu, int sc
       Residence plan;
       plan.cluster = cluster;
       const int64_t share = ceil_div(vectors, cluster);
-      // a row that does not begin on 16 bytes reaches into one quad more
-      const int64_t bytes = scratch + 16 * (share + 1);
+      // a row that does not begin on 16 bytes reaches into one quad more, and is read in vectors that go beyond it
+      const int64_t bytes = scratch + 16 * (share + 3);
       if (bytes > budget) continue;
       plan.shared = static_cast<int>(bytes);
       plan.share_vectors = static_cast<int>(share);

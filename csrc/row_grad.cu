@@ -16,8 +16,10 @@ void row_grad(const Logits& logits, const Output& out, const float* anchors, con
   args.l = given.l;
   if (logits.rows == 0) return;
   const CurrentDevice current(device);
-  const int threads = threads_for(row_vectors(logits), kInFlight, 256);
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(row_vectors(logits), threads * kInFlight));
+  const int threads = threads_for(row_vectors(logits), kInFlight, kGradThreads);
+  // where rows of the output do not begin on 16 bytes, a vector may begin before the row
+  const bool odd = misalignment(args.out) != 0 || args.out_stride % 16 != 0;
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(row_vectors(logits) + odd, threads * kInFlight));
   args.tiles = static_cast<uint32_t>(tiles);
   const Geometry geometry{logits.rows * tiles, threads, 1, 0};
   dispatch(logits, [&](auto element, auto softcap) {

@@ -10,6 +10,7 @@ constexpr int kInFlight = 4;
 constexpr int kMaxThreads = kWarps * device::kWarp;
 // of a block with a resident row: three such blocks leave 56 registers to a thread, and 512 threads would leave 40
 constexpr int kResidentThreads = 384;
+constexpr int kGradThreads = 256;
 
 struct RowArgs {
   const unsigned char* x;
@@ -130,7 +131,7 @@ struct Softmax {
   }
 
   template <class E, bool kSoftcap>
-  DEVICE void store(const Quad& quad, const RowArgs& args, const Place& place, int column) const {
+  DEVICE void store(const Quad& quad, const RowArgs& args, const Place& place, int column, int begin, int end) const {
     constexpr int N = kColumns<E>;
     float g[N];
     decode<E>(quad, g);
@@ -142,7 +143,7 @@ struct Softmax {
       const float other = device::product(rest, exp_shift(z - base));
       g[i] = device::product(holds_target && column + i == place.target ? own : other, slope);
     }
-    store_vector(place.out, args.out_code, column, g, args.width - column);
+    store_vector(place.out, args.out_code, column, g, begin, end);
   }
 };
 
@@ -177,12 +178,13 @@ row_softmax_kernel(const KERNEL_PARAMETER RowArgs args) {
     stream_row<E, kSoftcap>(sweep, args, place);
     merge_block(sweep, scratch);
     const Softmax softmax(sweep, target);
-    for (int first = thread * N; first < args.width; first += 2 * threads * N) {
+    const int start = first_stored<N>(place.out, args.out_code);
+    for (int first = start + thread * N; first < args.width; first += 2 * threads * N) {
       // two loads in flight; the second is a vector beyond the row at its end, which reads nothing
       const int second = first + threads * N;
       const Quad early = load_vector<E>(place.x, args.width, first), late = load_vector<E>(place.x, args.width, second);
-      softmax.store<E, kSoftcap>(early, args, place, first);
-      if (second < args.width) softmax.store<E, kSoftcap>(late, args, place, second);
+      softmax.store<E, kSoftcap>(early, args, place, first, 0, args.width);
+      if (second < args.width) softmax.store<E, kSoftcap>(late, args, place, second, 0, args.width);
     }
   }
   store_zeros(place.out, args.out_code, place.ignored ? 0 : args.width, args.out_width, thread, threads);
@@ -240,11 +242,12 @@ struct Share {
     copy_element(tail, end, origin, thread);
   }
 
-  // columns of a vector, with others beyond the share
+  // columns of a vector that begins in the share or less than a quad before it, undefined outside the share
   DEVICE Quad load_vector(int column) const {
-    const unsigned char* place = memory + (column - first) * E::kBytes;
+    const int offset = static_cast<int>(shift) + (column - first) * E::kBytes, odd = offset & 15;
+    const unsigned char* place = memory + (offset - odd);
     const Quad low = device::load_shared<Quad>(place);
-    return shift == 0 ? low : extract(low, device::load_shared<Quad>(place + 16), shift);
+    return odd == 0 ? low : extract(low, device::load_shared<Quad>(place + 16), static_cast<unsigned>(odd));
   }
 
  private:
@@ -262,6 +265,8 @@ struct Share {
 template <class E, bool kSoftcap, int kWanted>
 DEVICE void softmax_resident(const RowArgs& args) {
   constexpr int N = kColumns<E>;
+  // a softcap needs the registers for itself
+  [[maybe_unused]] constexpr int kUnrolled = kSoftcap ? 1 : 2;
   Scratch* scratch = reinterpret_cast<Scratch*>(device::shared_memory());
   const int thread = device::thread_index(), threads = device::thread_count();
   const int rank = device::cluster_rank(), size = static_cast<int>(device::cluster_size());
@@ -281,7 +286,7 @@ DEVICE void softmax_resident(const RowArgs& args) {
   for (int begin = share.first; begin < share.last; begin += chunk) {
     device::landing_wait(landing++);
     const int end = begin + chunk < share.last ? begin + chunk : share.last;
-#pragma unroll 2
+#pragma unroll(kUnrolled)
     for (int column = begin + thread * N; column < end; column += threads * N) {
       absorb_vector<E, kSoftcap>(sweep, share.load_vector(column), args, place, column);
     }
@@ -289,9 +294,10 @@ DEVICE void softmax_resident(const RowArgs& args) {
   merge_block(sweep, scratch);
   if (size > 1) merge_cluster(sweep, scratch);
   const Softmax softmax(sweep, target);
-#pragma unroll 2
-  for (int column = share.first + thread * N; column < share.last; column += threads * N) {
-    softmax.store<E, kSoftcap>(share.load_vector(column), args, place, column);
+  const int start = first_stored<N>(place.out, args.out_code);
+#pragma unroll(kUnrolled)
+  for (int column = share.first + start + thread * N; column < share.last; column += threads * N) {
+    softmax.store<E, kSoftcap>(share.load_vector(column), args, place, column, share.first, share.last);
   }
   store_zeros(place.out, args.out_code, args.width, args.out_width, rank * threads + thread, size * threads);
   if (rank == 0 && thread == 0) store_partials(args, place.row, sweep, target);
@@ -311,7 +317,7 @@ row_softmax_resident_kernel(const KERNEL_PARAMETER RowArgs args) {
 
 // dL/dx from anchors and coefficients: one read, one write, no reduction.
 template <class E, bool kSoftcap, bool kEntropy>
-KERNEL(kMaxThreads, 2)
+KERNEL(kGradThreads, 3)
 row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
   constexpr int N = kColumns<E>;
   const int thread = device::thread_index(), threads = device::thread_count();
@@ -329,7 +335,7 @@ row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
   const float e = kEntropy ? device::load_global(args.e + row) : 0.0f;
   const float l = args.l ? device::load_global(args.l + row) : 0.0f;
   const float factor = l - c;
-  const int first = (tile * kInFlight * threads + thread) * N;
+  const int first = first_stored<N>(place.out, args.out_code) + (tile * kInFlight * threads + thread) * N;
   Quad quads[kInFlight];
 #pragma unroll
   for (int u = 0; u < kInFlight; u++) quads[u] = load_vector<E>(place.x, args.width, first + u * threads * N);
@@ -351,10 +357,10 @@ row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
       const float others = kEntropy ? fmaf(-e, fmaxf(log_p, -1e4f) + entropy, factor) : factor;
       g[i] = device::product(p, others);
       // c (1 - p_y) as a whole: c - c p_y would cancel at peaked rows
-      if (is_target && args.c) g[i] = fmaf(p, others + c, -device::product(c, expm1f(own)));
+      if (is_target && args.c) g[i] = fmaf(expf(own), others + c, -device::product(c, expm1f(own)));
       g[i] = device::product(g[i], slope);
     }
-    store_vector(place.out, args.out_code, column, g, args.width - column);
+    store_vector(place.out, args.out_code, column, g, 0, args.width);
   }
 }
 

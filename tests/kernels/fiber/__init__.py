@@ -17,6 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pybind11
 import torch
@@ -26,7 +27,7 @@ from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform
 from fused_po.kernels.select import BACKENDS
 from fused_po.stats import STATISTICS
 
-__all__ = ["GPUS", "Fibers", "build", "compiler", "register"]
+__all__ = ["GPUS", "Fibers", "Plant", "build", "compiler", "register"]
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -59,43 +60,62 @@ def compiler() -> str | None:
         return None
 
 
-@functools.cache
-def build(*macros: str) -> tuple[ModuleType, ctypes.CDLL]:
-    """Compile and load the module, from a folder of builds if its sources have not changed.
+class Plant(NamedTuple):
+    """A bug for tests to find: in a file of ``csrc/``, ``new`` in place of ``old``, with ``ON`` true while it is on."""
 
-    Args:
-        macros: defined for the build; those named ``FUSED_PO_PLANT_...`` break the kernels, to show that tests see it.
-    """
-    units = [*sorted(path for path in CSRC.glob("row_*.cu")), CSRC / "arguments.cu", CSRC / "bindings.cpp"]
-    units.append(HERE / "module.cpp")
-    headers = [*CSRC.glob("*.*h"), *HERE.glob("*.h")]
-    defined = ("FUSED_PO_FIBERS", "FUSED_PO_MODULE=fibers", *macros)
-    text = [*FLAGS, *defined, sys.version, *(path.read_text(encoding="utf-8") for path in (*units, *sorted(headers)))]
-    digest = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
+    file: str
+    old: str
+    new: str
+
+
+@functools.cache
+def build(plants: tuple[Plant, ...] = ()) -> tuple[ModuleType, ctypes.CDLL]:
+    """Compile and load the module, or take it from the folder of builds if its sources have not changed."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(CSRC.iterdir())}
+    for number, plant in enumerate(plants, 1):
+        assert texts[plant.file].count(plant.old) == 1, plant
+        new = plant.new.replace("ON", f"(fused_po::fiber::planted == {number})")
+        texts[plant.file] = texts[plant.file].replace(plant.old, new)
+    texts |= {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted(HERE.glob("*.*"))
+        if path.suffix in {".h", ".cpp"}
+    }
+    digest = hashlib.sha256("\0".join([*FLAGS, sys.version, *texts, *texts.values()]).encode()).hexdigest()[:16]
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"fused_po_fibers_{user}" / digest
-    module = folder / f"fibers{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # modules of one name would be taken for one another
+    name = f"fibers_{digest}"
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        includes = [sysconfig.get_path("include"), pybind11.get_include(), str(CSRC), str(HERE)]
-        options = [*FLAGS, *(f"-D{macro}" for macro in defined), *(f"-I{path}" for path in includes)]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
-            commands = [
-                [str(compiler()), *options, "-x", "c++", "-c", str(unit), "-o", target]
-                for unit, target in zip(units, objects, strict=True)
-            ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
-            made = str(Path(scratch) / "fibers.so")
-            _run([str(compiler()), "-shared", "-o", made, *objects])
+            made = _compile(name, texts, Path(scratch))
             # whole or not at all, also where two processes build
             os.replace(made, module)
-    spec = importlib.util.spec_from_file_location("fibers", module)
+    spec = importlib.util.spec_from_file_location(name, module)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded, ctypes.CDLL(str(module))
+
+
+def _compile(name: str, texts: dict[str, str], folder: Path) -> Path:
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    units = [folder / file for file in texts if file.endswith((".cu", ".cpp")) and file != "runtime.cu"]
+    includes = [sysconfig.get_path("include"), pybind11.get_include(), str(folder)]
+    options = [*FLAGS, "-DFUSED_PO_FIBERS", f"-DFUSED_PO_MODULE={name}", *(f"-I{path}" for path in includes)]
+    objects = [str(unit.with_suffix(".o")) for unit in units]
+    commands = [
+        [str(compiler()), *options, "-x", "c++", "-c", str(unit), "-o", target]
+        for unit, target in zip(units, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    made = folder / "fibers.so"
+    _run([str(compiler()), "-shared", "-o", str(made), *objects])
+    return made
 
 
 def _run(command: list[str]) -> None:
@@ -104,10 +124,13 @@ def _run(command: list[str]) -> None:
 
 
 class Fibers:
-    """A backend, see ``fused_po.kernels.contract``: the kernels on one of ``GPUS``, threads shuffled by ``seed``."""
+    """A backend, see ``fused_po.kernels.contract``: the kernels on one of ``GPUS``, threads shuffled by ``seed``.
 
-    def __init__(self, gpu: str = "cluster", seed: int = 1, macros: tuple[str, ...] = ()) -> None:
-        self.device, self.seed, self.macros = GPUS[gpu], seed, macros
+    Of ``plants``, the bugs built in, the one numbered ``planted`` from 1 on is active.
+    """
+
+    def __init__(self, gpu: str, seed: int = 1, plants: tuple[Plant, ...] = (), planted: int = 0) -> None:
+        self.device, self.seed, self.plants, self.planted = GPUS[gpu], seed, plants, planted
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
         if x.dtype not in CODES:
@@ -116,7 +139,7 @@ class Fibers:
 
     @property
     def module(self) -> ModuleType:
-        return build(*self.macros)[0]
+        return build(self.plants)[0]
 
     @property
     def last_launch(self) -> dict[str, int]:
@@ -128,7 +151,7 @@ class Fibers:
     ) -> Tensor:
         partials = _partials(x)
         common, alive = _common(labels, transform, span)
-        self._seed()
+        self._configure()
         self.module.row_stats(*_rows(x), *common, _mask(outputs), partials.data_ptr(), self.device, 0)
         del alive
         return partials
@@ -138,7 +161,7 @@ class Fibers:
     ) -> Tensor:
         partials = _partials(x)
         common, alive = _common(labels, transform, span)
-        self._seed()
+        self._configure()
         self.module.row_softmax(*_rows(x), *_out(out), *common, _mask(outputs), partials.data_ptr(), self.device, 0)
         del alive
         return partials
@@ -157,12 +180,12 @@ class Fibers:
         anchors = anchors.contiguous()
         given = [None if c is None else c.contiguous() for c in coefficients]
         pointers = (0 if c is None else c.data_ptr() for c in given)
-        self._seed()
+        self._configure()
         self.module.row_grad(*_rows(x), *_out(out), *common, anchors.data_ptr(), *pointers, self.device, 0)
         del alive
 
-    def _seed(self) -> None:
-        build(*self.macros)[1].fused_po_seed(ctypes.c_ulonglong(self.seed))
+    def _configure(self) -> None:
+        build(self.plants)[1].fused_po_configure(ctypes.c_ulonglong(self.seed), self.planted)
 
 
 def _partials(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 #include "executor.h"
 
 #define DEVICE inline
+#define DEVICE_AND_HOST inline
 #define KERNEL(threads, blocks) void
 #define KERNEL_PARAMETER
 #define FUSED_PO_CLUSTERS 1

@@ -6,7 +6,9 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -217,6 +219,8 @@ class Executor {
     all_.expected = count;
     copies_.clear();
     ready_.clear();
+    // with every second seed one block of a cluster lags
+    slow_ = seed % 2 == 0 && cluster_ > 1 ? static_cast<int>(draw(static_cast<uint64_t>(cluster_))) : -1;
     if (fibers_.size() < static_cast<size_t>(count)) fibers_.resize(static_cast<size_t>(count));
     for (int i = 0; i < count; i++) {
       Fiber& fiber = fibers_[static_cast<size_t>(i)];
@@ -249,11 +253,21 @@ class Executor {
     setcontext(&executor->fiber().context);
   }
 
+  uint64_t draw(uint64_t count) {
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    return random_ % count;
+  }
+
+  int block_of(int ready) const {
+    return ready >= 0 ? ready / threads_ : copies_[static_cast<size_t>(-ready - 1)].block;
+  }
+
   // a fiber that can go on; copies that are drawn land on the way
   int next() {
     while (!ready_.empty()) {
-      random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
-      const size_t drawn = static_cast<size_t>(random_ % ready_.size());
+      size_t drawn = draw(ready_.size());
+      // a block that lags finds the others at their end
+      for (int retry = 0; retry < 8 && block_of(ready_[drawn]) == slow_; retry++) drawn = draw(ready_.size());
       const int found = ready_[drawn];
       ready_[drawn] = ready_.back();
       ready_.pop_back();
@@ -317,9 +331,12 @@ class Executor {
   std::string failure_;
   uint64_t random_ = 0;
   int64_t first_block_ = 0;
-  int threads_ = 0, cluster_ = 1, current_ = 0, unfinished_ = 0;
+  int threads_ = 0, cluster_ = 1, current_ = 0, unfinished_ = 0, slow_ = -1;
 };
 
 inline Executor executor;
+
+// which of the bugs that a test put into its build is active; 0: none
+inline int planted = 0;
 
 }  // namespace fused_po::fiber

@@ -31,7 +31,6 @@ using Kernel = void (*)(RowArgs);
 
 inline bool fits(Kernel, const Geometry&) { return true; }
 
-// "blocks x threads, clusters of n" of the last launch
 inline Geometry last_launch{};
 
 inline void launch(Kernel kernel, const Geometry& geometry, const RowArgs& args, void*, const std::string& what) {

@@ -6,7 +6,7 @@ namespace fused_po {
 int device_count() { return 3; }
 std::vector<std::string> architectures() { return {"fibers"}; }
 
-// "seed=<n>" is not a property of the build, but keeps the interface that of the extension
+// of the last launch
 std::map<std::string, std::string> build_info() {
   return {{"cluster", std::to_string(last_launch.cluster)},
           {"threads", std::to_string(last_launch.threads)},
@@ -17,4 +17,7 @@ std::map<std::string, std::string> build_info() {
 }  // namespace fused_po
 
 // for ctypes
-extern "C" void fused_po_seed(unsigned long long seed) { fused_po::fiber::executor.seed = seed; }
+extern "C" void fused_po_configure(unsigned long long seed, int planted) {
+  fused_po::fiber::executor.seed = seed;
+  fused_po::fiber::planted = planted;
+}
