@@ -45,7 +45,10 @@ def row_softmax(
         # z holds e^{z - top} at the classes other than the target now, 0 at the target
         rest = torch.where(total == 0, 0.0, torch.sigmoid(margin) / total)
         z.mul_(rest.neg_().unsqueeze(1))
-        z.scatter_(1, local.clamp(0, span.width - 1).unsqueeze(1), torch.sigmoid(margin).unsqueeze(1))
+        here = (local >= 0) & (local < span.width)
+        column = local.clamp(0, span.width - 1).unsqueeze(1)
+        own = torch.where(here, torch.sigmoid(margin), z.gather(1, column).squeeze(1))
+        z.scatter_(1, column, own.unsqueeze(1))
         _store(z, slope, out, rows, span, labels[rows] < 0)
     return partials
 

@@ -40,3 +40,19 @@ def test_shards_of_the_vocabulary_merge_to_the_whole(backend, device, cuts, seed
         torch.testing.assert_close(getattr(merged, name), value, rtol=2e-6, atol=2e-6)
     library.row_grad(x, labels, problem.transform, Span(0, 40), anchors, ones, None, backend)
     assert torch.equal(gradient, x)
+
+
+@backends
+def test_a_target_of_another_shard_leaves_all_classes_to_minus_p(backend, device):
+    interpreted_or_skip(backend, device)
+    x = torch.randn(4, 40, device=device)
+    labels = torch.tensor([3, 12, 55, 31], device=device)
+    span, transform = Span(10, 50), CASES["flat"].make(torch.float32).transform
+    out = torch.empty_like(x)
+    library.row_softmax(x, labels, transform, span, ("logp",), out, backend)
+    p = x.softmax(1)
+    want = -p
+    for row, column in ((1, 2), (3, 21)):
+        # over the other classes the probabilities are those beside the target
+        want[row, column] += 1.0
+    torch.testing.assert_close(out, want, rtol=2e-5, atol=1e-6)
