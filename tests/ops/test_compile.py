@@ -58,7 +58,10 @@ def test_fullgraph(operation, case, backend):
         assert relative_error(a, b) < 1e-11
 
 
-@pytest.mark.parametrize("split", [splits.positive_only(), splits.no_reweighting(), Split(reweight="tertiles")])
+SPLITS = [splits.positive_only(), splits.no_reweighting(), Split(reweight="tertiles", population="batch")]
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_fullgraph_with_a_split(split):
     torch._dynamo.reset()
     problem = Problem(create("sigmoid"))
