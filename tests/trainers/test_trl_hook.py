@@ -11,14 +11,15 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils as utils
+from datasets import Dataset
 from torch import nn
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from fused_po import Split, splits
 from fused_po.trainers import trl as hooks
 from fused_po.trainers.trl import FusedDPOTrainer, hook, one_pass
-from tests.trainers.trl_runs import TOKENIZER, assert_same, run, tiny
+from tests.trainers.trl_runs import PAIRS, TIMES, TOKENIZER, assert_same, perturbed, run, tiny
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -108,6 +109,27 @@ def test_a_split_changes_the_gradient_and_not_the_loss(tmp_path):
     half = run("dpo", PositiveOnly, tmp_path)
     assert half[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
     assert abs(half[0]["grad_norm"] - theirs[0]["grad_norm"]) > 0.05 * theirs[0]["grad_norm"]
+
+
+def test_evaluation_gives_the_same_numbers(tmp_path):
+    found = []
+    for trainer in (DPOTrainer, FusedDPOTrainer):
+        config = DPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=4, beta=0.3
+        )
+        rows = Dataset.from_list(PAIRS)
+        made = trainer(
+            model=tiny(),
+            ref_model=perturbed(tiny()),
+            args=config,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=TOKENIZER,
+        )
+        found.append({k: v for k, v in made.evaluate().items() if not any(word in k for word in TIMES)})
+    theirs, ours = found
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert theirs["eval_loss"] > 0.1
 
 
 SIZES = {

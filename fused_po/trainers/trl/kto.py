@@ -18,7 +18,8 @@ class FusedKTOTrainer(SplitOverTraining, KTOTrainer):
     """``trl.KTOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
 
     ``kto`` and ``apo_zero_unpaired``, weights of the two sides, precomputed reference log-probs and all metrics;
-    arguments as there.
+    arguments as there. Images without precomputed reference log-probs take TRL's own path, with log-probs from
+    ``linear_token_stats``.
 
     Args:
         split: how positive and negative learning and the loss's weights count (``fused_po.Split``); its schedules
@@ -31,6 +32,11 @@ class FusedKTOTrainer(SplitOverTraining, KTOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         with through():
+            # TRL makes the reference's log-probs of images inside its own loss alone
+            if self._is_vision_dataset and not self.precompute_ref_logps:
+                if self.split is not None:
+                    raise ValueError("split= with images needs precompute_ref_log_probs=True")
+                return super()._compute_loss(model, inputs, return_outputs)
             inputs = {**inputs, **self._references(inputs)}
             side_inputs = {"ref_logp": inputs["ref_logps"], "desirable": inputs["label"].bool()}
             if self.calculate_KL:

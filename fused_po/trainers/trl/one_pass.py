@@ -147,6 +147,7 @@ class SplitOverTraining:
     # of TRL's trainers
     state: Any
     precompute_ref_logps: bool
+    _is_vision_dataset: bool
     _compute_kl_logps: Any
 
     def split_now(self) -> Split | None:
