@@ -66,6 +66,20 @@ class Mixture(Loss):
     def weighs_sequences(self) -> bool:  # type: ignore[override]
         return all(part.weighs_sequences for part in self.losses)
 
+    @property
+    def has_unsided_terms(self) -> bool:
+        return any(part.has_unsided_terms for part in self.losses)
+
+    def silent(self, batch: Batch) -> Tensor | None:
+        """Rows that are silent in every part."""
+        found = None
+        for part in self.losses:
+            mask = part.silent(batch)
+            if mask is None:
+                return None
+            found = mask if found is None else found & mask
+        return found
+
     def role(self, batch: Batch) -> Tensor:
         """The sides of the first part that has any."""
         role = super().role(batch)

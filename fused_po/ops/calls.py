@@ -14,7 +14,7 @@ from fused_po.ops.batches import Layout
 from fused_po.ops.checks import check_head, check_labels, check_scalars, require_tensors, row_temperatures
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
-from fused_po.ops.planning import Plan, default_plan
+from fused_po.ops.planning import Plan, blind, default_plan
 
 __all__ = ["HeadCall", "prepare"]
 
@@ -38,6 +38,8 @@ class HeadCall:
     backend: str | None
     wanted: Wanted
     plan: Plan
+    # the call may look at values on a GPU once, before its loop
+    may_wait: bool
     # a context in which a sharded head is whole, of its weight and bias
     gather: Callable[..., AbstractContextManager[Any]] = _whole
 
@@ -103,6 +105,7 @@ def prepare(
         scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
+    may_wait = plan is None and not blind(labels)
     if plan is None:
         plan = default_plan(labels, cu_seqlens)
     elif cu_seqlens is not None and cu_seqlens.numel() != len(plan.lengths) + 1:
@@ -122,6 +125,7 @@ def prepare(
         backend,
         wanted,
         plan,
+        may_wait,
     )
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)

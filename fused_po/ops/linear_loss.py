@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import HORIZONS, Batch, Loss
+from fused_po.ops.active import Arranged, host_mask
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs
-from fused_po.ops.coefficients import coefficients, loss_value
+from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
 from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
@@ -80,8 +81,8 @@ def linear_loss(
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
-            alone).
+        plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
+            tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
         vocab_size: classes, where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
@@ -198,6 +199,7 @@ class _Run:
         self.gradients = Gradients(call.wanted, hidden, head, max(1, len(names)))
         self.groups: list[tuple[Rows, Tensor]] = []
         self.workspace = Workspace(head)
+        self.silent: Tensor | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The value (), the factor () that gradients still lack, and the statistics in planned order."""
@@ -205,6 +207,8 @@ class _Run:
         horizon = HORIZONS[-1] if self.names == THIRDS else horizon
         chunks = cut(self.call.plan, horizon, self.budget.whole)
         wide = self.head.accumulation_dtype
+        if self.call.wanted.any and not self.names:
+            self.silent = host_mask(silent_rows(self.loss, batch, self.split), self.call.may_wait)
         value = self.hidden.new_zeros((), dtype=torch.float64)
         factor = self.hidden.new_ones((), dtype=wide)
         parts: list[tuple[Rows, Stats]] = []
@@ -229,11 +233,13 @@ class _Run:
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
         home = None
+        arranged = Arranged.of(chunk.rows, self.silent, self.hidden.device)
         eager = self.unscaled and self.call.wanted.hidden and not self.call.wanted.head
-        if eager and chunk.rows.count <= self.budget.whole:
-            home = self.workspace.get("home", chunk.rows.count, self.hidden.shape[1], self.head.accumulation_dtype)
-        sweep = self._sweep(chunk.rows, home)
-        stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
+        if eager and arranged.active <= self.budget.whole:
+            home = self.workspace.get("home", arranged.active, self.hidden.shape[1], self.head.accumulation_dtype)
+        sweep = self._sweep(arranged, home)
+        found = sweep.forward(self.outputs, self.gradients).present()
+        stats = masked_stats(Stats(**{name: arranged.restored(v) for name, v in found.items()}), batch.mask)
         if not self.call.wanted.any and not self.names:
             return loss_value(self.loss, stats, batch), stats
         value, triple = coefficients(self.loss, stats, batch, self.split)
@@ -242,6 +248,7 @@ class _Run:
             groups = parts_of(self.names, self.loss, stats, batch)
             self.groups.append((chunk.rows, groups))
         if self.call.wanted.any:
+            triple = Coefficients(*(None if c is None else arranged.arranged(c) for c in triple))
             sweep.backward(triple, self.gradients, groups)
         return value, stats
 
@@ -250,7 +257,7 @@ class _Run:
         parts: list[tuple[Rows, Stats]] = []
         for first, last in steps(0, chunk.rows.count, self.budget.whole):
             rows = chunk.rows.part(first, last)
-            sweep = self._sweep(rows, None)
+            sweep = self._sweep(Arranged.of(rows, None, self.hidden.device), None)
             stats = sweep.forward(self.outputs)
             sweep.backward(Coefficients(pattern[first:last]), self.gradients)
             parts.append((Rows(((first, last),), None), stats))
@@ -275,20 +282,21 @@ class _Run:
         for name, grads in (("weight", self.gradients.weights), ("bias", self.gradients.biases)):
             kept |= {f"{name}/{part}": grad for part, grad in zip(self.names, grads, strict=False)}
 
-    def _sweep(self, rows: Rows, home: Tensor | None) -> Sweep:
-        temperatures = None if self.temperatures is None else rows.take(self.temperatures)
+    def _sweep(self, arranged: Arranged, home: Tensor | None) -> Sweep:
+        temperatures = None if self.temperatures is None else arranged.take(self.temperatures)
         return Sweep(
             self.head,
             self.hidden,
-            rows.take(self.labels),
+            arranged.take(self.labels),
             temperatures,
-            rows,
+            arranged.rows,
             self.budget,
             self.call.wanted,
             unscaled=self.unscaled,
             workspace=self.workspace,
             home=home,
             masked=self.call.plan.masked,
+            active=arranged.active,
         )
 
     def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:

@@ -101,6 +101,7 @@ class Sweep:
         home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the
             gradient's own memory.
         masked: rows without loss are among them, whose hidden states may be anything.
+        active: how many of the rows, the leading ones, have a gradient; None: all.
     """
 
     def __init__(
@@ -117,14 +118,17 @@ class Sweep:
         workspace: Workspace,
         home: Tensor | None = None,
         masked: bool = False,
+        active: int | None = None,
     ) -> None:
         self.head, self.hidden, self.labels, self.temperatures = head, hidden, labels, temperatures
         self.rows, self.budget, self.wanted, self.unscaled = rows, budget, wanted, unscaled
         self.workspace, self.home, self.masked = workspace, home, masked
         self.eager = unscaled and wanted.hidden and not wanted.head
         keeps = wanted.any and not self.eager
-        count = rows.count
-        self.kept_rows = 0 if not keeps else count if count <= budget.whole else budget.kept
+        self.active = rows.count if active is None else active
+        # rows without a gradient pass through tiles in flight, for which ``kept`` leaves room
+        room = rows.count if rows.count <= budget.whole else budget.kept
+        self.kept_rows = min(room, self.active) if keeps else 0
         self.in_place = head.compute_dtype == head.accumulation_dtype
         self.kept: Tensor | None = None
         self.anchors: Tensor | None = None
@@ -143,12 +147,10 @@ class Sweep:
                 partials.append(self._softmax(logits, first, last, outputs, None if logits is kept else kept))
             else:
                 partials.append(self._stats(logits, first, last, outputs))
-        for first, last in self._steps(self.kept_rows, self.rows.count):
+        eager = self.active if self.eager else self.kept_rows
+        for first, last in self._steps(self.kept_rows, eager):
             logits = self._logits_buffer(last - first)
             head.logits_into(logits, self._hidden(first, last))
-            if not self.eager:
-                partials.append(self._stats(logits, first, last, outputs))
-                continue
             tile = self._tile_buffer(logits)
             partials.append(self._softmax(logits, first, last, outputs, None if tile is logits else tile))
             product = head.hidden_grad(tile)
@@ -156,6 +158,10 @@ class Sweep:
                 self.home[first:last] = product
             elif gradients is not None and gradients.hidden is not None:
                 self.rows.part(first, last).scatter(gradients.hidden, product)
+        for first, last in self._steps(eager, self.rows.count):
+            logits = self._logits_buffer(last - first)
+            head.logits_into(logits, self._hidden(first, last))
+            partials.append(self._stats(logits, first, last, outputs))
         merged = (
             torch.cat(partials, 1)
             if partials
@@ -165,8 +171,8 @@ class Sweep:
         return stats
 
     def backward(self, coefficients: Coefficients, gradients: Gradients, groups: Tensor | None = None) -> None:
-        """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows; ``groups`` (R,) names the
-        part that each row belongs to.
+        """GEMM 2 and 3: add to ``gradients`` what the coefficients (A,) make of the active rows; ``groups`` (A,) names
+        the part that each row belongs to.
         """
         if self.eager:
             self._scale_products(coefficients, gradients)
@@ -175,13 +181,15 @@ class Sweep:
         # kept tiles that need no other buffer go at once, so that dW is read and written once; rows of a part are
         # copied out of their tile
         alone = (self.in_place or self.unscaled) and groups is None
+        if not self.active:
+            return
         for first, last in steps(0, self.kept_rows, max(1, self.kept_rows) if alone else self.budget.tile):
             assert self.kept is not None
             tile = self.kept[first:last]
             if not self.unscaled:
                 tile = self._grad(tile, first, last, coefficients)
             self._add(tile, first, last, coefficients, gradients, groups)
-        for first, last in self._steps(self.kept_rows, self.rows.count):
+        for first, last in self._steps(self.kept_rows, self.active):
             logits = self._logits_buffer(last - first)
             self.head.logits_into(logits, self._hidden(first, last))
             if self.unscaled:
@@ -215,7 +223,7 @@ class Sweep:
 
     def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
         assert coefficients.logp is not None and gradients.hidden is not None
-        for first, last in steps(0, self.rows.count, MAX_TILE_ROWS):
+        for first, last in steps(0, self.active, MAX_TILE_ROWS):
             part = self.rows.part(first, last)
             product = part.gather(gradients.hidden) if self.home is None else self.home[first:last]
             scaled = product.to(self.head.accumulation_dtype) * coefficients.logp[first:last].unsqueeze(1)
