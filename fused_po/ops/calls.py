@@ -40,6 +40,7 @@ class HeadCall:
     plan: Plan
     # the call may look at values on a GPU once, before its loop
     may_wait: bool
+    max_dropped_mass: float = 0.0
     # a context in which a sharded head is whole, of its weight and bias
     gather: Callable[..., AbstractContextManager[Any]] = _whole
 
@@ -54,6 +55,7 @@ class HeadCall:
             self.logit_scale,
             self.scratch_bytes // 8,
             self.backend,
+            self.max_dropped_mass,
         )
 
     def wanting(self, wanted: Wanted) -> HeadCall:

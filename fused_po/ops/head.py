@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_po.kernels.blocks import block_mm, block_mm_t, choose
 from fused_po.kernels.contract import Span, Transform, accumulation_dtype
 
 __all__ = ["Head", "compute_dtype"]
@@ -29,6 +30,7 @@ class Head:
         compute_dtype: dtype of the GEMM operands and of gradient tiles.
         slice_bytes: bound on the memory of one cast slice of the weight.
         backend: requested kernel backend.
+        max_dropped_mass: share of a row's gradient that GEMM 2 and 3 may leave out.
     """
 
     weight: Tensor  # (V, H)
@@ -39,6 +41,7 @@ class Head:
     logit_scale: float
     slice_bytes: int
     backend: str | None
+    max_dropped_mass: float = 0.0
 
     @property
     def vocab_size(self) -> int:
@@ -64,8 +67,14 @@ class Head:
         if self.bias is not None:
             out.add_(self.bias)
 
-    def hidden_grad(self, tile: Tensor) -> Tensor:
+    def kept_blocks(self, tile: Tensor) -> Tensor | None:
+        """Which blocks of a gradient tile (R, V) count, see ``kernels.blocks``; None: all."""
+        return choose(tile, self.max_dropped_mass, self.backend) if self.max_dropped_mass else None
+
+    def hidden_grad(self, tile: Tensor, kept: Tensor | None = None) -> Tensor:
         """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype."""
+        if kept is not None:
+            return block_mm(tile, self.weight, kept, self.accumulation_dtype, self.backend)
         result: Tensor | None = None
         for columns, weight in self._slices(tile.shape[0]):
             operand = self._operand(tile[:, columns])
@@ -77,8 +86,11 @@ class Head:
         assert result is not None
         return result
 
-    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor) -> None:
+    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor, kept: Tensor | None = None) -> None:
         """GEMM 3: grad (V, H) += tile^T (V, R) rows (R, H), in the accumulation dtype."""
+        if kept is not None:
+            block_mm_t(tile, rows.to(self.compute_dtype), kept, grad, self.backend)
+            return
         rows = self._operand(rows)
         for columns in self._columns(self._math_dtype != tile.dtype, tile.shape[0]):
             self._matmul_add(grad[columns], self._operand(tile[:, columns]).t(), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def linear_loss(
     num_sequences: Number | None = None,
     split: Split | None = None,
     split_gradients: bool | str = False,
+    max_dropped_mass: float = 0.0,
     outputs: Sequence[str] = (),
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
@@ -78,6 +80,10 @@ def linear_loss(
             bottom third by the loss's own weight, which makes the batch the horizon. No further FLOP: the parts share
             the rows. It costs a dW for each part and a copy of dH, outside ``scratch_bytes``, and waits for each tile
             once.
+        max_dropped_mass: in [0, 1), 0.0: exact. Above, GEMM 2 and 3 leave out blocks of the vocabulary where a row's
+            gradient is negligible: of its L1 mass, 2 (1 - p_y) times coefficient and slope for a loss in logp, no row
+            loses more than this share. Value, statistics and the gradient of the bias stay exact. Pays where rows are
+            peaked: 1e-3 leaves most blocks out there, and none of a flat row.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
@@ -116,7 +122,11 @@ def linear_loss(
         vocab_size,
         backend,
     )
-    call, layout = ready.call, ready.layout
+    if not 0.0 <= max_dropped_mass < 1.0:
+        raise ValueError(f"max_dropped_mass must lie in [0, 1), a share of each row's gradient: got {max_dropped_mass}")
+    if max_dropped_mass and split_gradients:
+        raise ValueError("max_dropped_mass does not go with split_gradients: its parts would not sum to the whole")
+    call, layout = replace(ready.call, max_dropped_mass=float(max_dropped_mass)), ready.layout
     if call.wanted.any:
         _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype

@@ -153,7 +153,7 @@ class Sweep:
             head.logits_into(logits, self._hidden(first, last))
             tile = self._tile_buffer(logits)
             partials.append(self._softmax(logits, first, last, outputs, None if tile is logits else tile))
-            product = head.hidden_grad(tile)
+            product = head.hidden_grad(tile, head.kept_blocks(tile))
             if self.home is not None:
                 self.home[first:last] = product
             elif gradients is not None and gradients.hidden is not None:
@@ -211,15 +211,16 @@ class Sweep:
         """GEMM 2 and 3 of a gradient tile (R, V)."""
         head, part = self.head, self.rows.part(first, last)
         scalar = coefficients.logp[first:last] if self.unscaled and coefficients.logp is not None else None  # (R,)
+        kept = head.kept_blocks(tile)
         if gradients.hidden is not None:
-            product = head.hidden_grad(tile)
+            product = head.hidden_grad(tile, kept)
             if scalar is not None:
                 product.mul_(scalar.unsqueeze(1))
             part.scatter(gradients.hidden, gradients.restored(product))
         rows = self._hidden(first, last) if gradients.weights else None
         if rows is not None and scalar is not None:
             rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
-        gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last])
+        gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last], kept)
 
     def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
         assert coefficients.logp is not None and gradients.hidden is not None
