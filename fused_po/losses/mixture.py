@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class Mixture(Loss):
                 f"loss_weights must be one number per loss: got {len(self.weights)} for {len(self.losses)}"
             )
         for weight in self.weights:
-            if not math.isfinite(weight):
-                raise ValueError(f"loss_weights must be finite: got {weight}")
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"loss_weights must be finite numbers: got {weight!r}")
 
     @property
     def name(self) -> str:  # type: ignore[override]

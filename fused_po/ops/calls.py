@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fused_po.ops.batches import Layout
-from fused_po.ops.checks import check_head, check_labels, check_scalars, require_tensors, row_temperatures
+from fused_po.ops.checks import (
+    check_head,
+    check_labels,
+    check_scalars,
+    require_number,
+    require_tensors,
+    row_temperatures,
+)
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
 from fused_po.ops.planning import Plan, blind, default_plan
@@ -105,8 +112,13 @@ def prepare(
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
         scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
+    require_number("scratch_bytes", scratch_bytes, whole=True)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan must come from fused_po.make_plan: got {plan!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend must be a name or None: got {backend!r}")
     may_wait = plan is None and not blind(labels)
     if plan is None:
         plan = default_plan(labels, cu_seqlens)

@@ -16,7 +16,7 @@ from fused_po.losses.contract import HORIZONS, Batch, Loss
 from fused_po.ops.active import Arranged, host_mask
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
-from fused_po.ops.checks import check_outputs
+from fused_po.ops.checks import check_outputs, require_number
 from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
@@ -122,6 +122,7 @@ def linear_loss(
         vocab_size,
         backend,
     )
+    require_number("max_dropped_mass", max_dropped_mass)
     if not 0.0 <= max_dropped_mass < 1.0:
         raise ValueError(f"max_dropped_mass must lie in [0, 1), a share of each row's gradient: got {max_dropped_mass}")
     if max_dropped_mass and split_gradients:

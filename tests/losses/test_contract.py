@@ -316,7 +316,7 @@ def test_hyperparameters_have_ranges(name, bad):
         (["sigmoid", "sft"], {"loss_weights": [1.0]}, "got 1 for 2"),
         (["sigmoid", "sft"], {"loss_weights": [1.0, float("nan")]}, "must be finite"),
         (["sigmoid", "sft"], {"epsilon": 0.1}, "none of the losses sft, sigmoid has no hyper-parameter epsilon"),
-        ([], {}, "got 0 for 0"),
+        ([], {}, "a list of names that is not empty"),
     ],
 )
 def test_hyperparameters_are_words_that_a_loss_knows(name, bad, message):
