@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_po.distributed import Shard
 from fused_po.ops.batches import Layout
 from fused_po.ops.checks import (
     check_head,
     check_labels,
     check_scalars,
+    looks_at,
     require_number,
     require_tensors,
     row_temperatures,
@@ -48,6 +50,7 @@ class HeadCall:
     # the call may look at values on a GPU once, before its loop
     may_wait: bool
     max_dropped_mass: float = 0.0
+    shard: Shard | None = None
     # a context in which a sharded head is whole, of its weight and bias
     gather: Callable[..., AbstractContextManager[Any]] = _whole
 
@@ -63,6 +66,7 @@ class HeadCall:
             self.scratch_bytes // 8,
             self.backend,
             self.max_dropped_mass,
+            self.shard,
         )
 
     def wanting(self, wanted: Wanted) -> HeadCall:
@@ -94,18 +98,25 @@ def prepare(
     plan: Plan | None,
     vocab_size: int | None,
     backend: str | None,
+    process_group: Any = None,
 ) -> Prepared:
     """Check the arguments of an operation on hidden states and lay them out.
 
     Raises:
         ValueError: whatever does not fit, with what was got and what was wanted.
     """
-    check_head(hidden, weight, bias, labels, vocab_size)
+    check_head(hidden, weight, bias, labels, vocab_size if process_group is None else None)
     check_scalars(temperature, softcap, logit_scale)
-    if vocab_size is not None and vocab_size < weight.shape[0]:
+    shard = None
+    if process_group is not None:
+        # padded rows stay: tiles, and so the steps of the loop, must be the same on every rank
+        shard = Shard.of(process_group, weight.shape[0], vocab_size)
+        if looks_at(weight):
+            shard.check(weight.shape[0], weight.device)
+    elif vocab_size is not None and vocab_size < weight.shape[0]:
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
-    check_labels(labels, weight.shape[0])
+    check_labels(labels, weight.shape[0] if shard is None else shard.classes)
     if cu_seqlens is not None:
         require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is not None and labels.ndim != 1:
@@ -140,6 +151,7 @@ def prepare(
         wanted,
         plan,
         may_wait,
+        shard=shard,
     )
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)

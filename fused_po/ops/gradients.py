@@ -53,7 +53,7 @@ class Gradients:
         self.parts = parts
         self.hidden = hidden.new_zeros(hidden.shape, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
         self.weights = [weight.new_zeros(weight.shape, dtype=wide) for _ in range(parts if wanted.weight else 0)]
-        self.biases = [weight.new_zeros(head.vocab_size, dtype=wide) for _ in range(parts if wanted.bias else 0)]
+        self.biases = [weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
         self._scale = weight.new_zeros((), dtype=wide) if head.compute_dtype == torch.float16 else None
 
     def add_head(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_po.distributed import Shard
 from fused_po.kernels.blocks import block_mm, block_mm_t, choose
 from fused_po.kernels.contract import Span, Transform, accumulation_dtype
 
@@ -31,6 +32,7 @@ class Head:
         slice_bytes: bound on the memory of one cast slice of the weight.
         backend: requested kernel backend.
         max_dropped_mass: share of a row's gradient that GEMM 2 and 3 may leave out.
+        shard: this rank's classes, where the vocabulary is sharded; None: it is not.
     """
 
     weight: Tensor  # (V, H)
@@ -42,14 +44,22 @@ class Head:
     slice_bytes: int
     backend: str | None
     max_dropped_mass: float = 0.0
+    shard: Shard | None = None
 
     @property
-    def vocab_size(self) -> int:
+    def columns(self) -> int:
+        """Width of a tile: the rows of the weight."""
         return self.weight.shape[0]
 
     @property
+    def classes(self) -> int:
+        """Of the whole vocabulary."""
+        return self.columns if self.shard is None else self.shard.classes
+
+    @property
     def span(self) -> Span:
-        return Span(0, self.vocab_size)
+        """The classes that the columns stand for."""
+        return Span(0, self.columns) if self.shard is None else self.shard.span
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -72,9 +82,14 @@ class Head:
         return choose(tile, self.max_dropped_mass, self.backend) if self.max_dropped_mass else None
 
     def hidden_grad(self, tile: Tensor, kept: Tensor | None = None) -> Tensor:
-        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype."""
-        if kept is not None:
-            return block_mm(tile, self.weight, kept, self.accumulation_dtype, self.backend)
+        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype, over the whole vocabulary."""
+        product = self._product(tile) if kept is None else self._kept_product(tile, kept)
+        return product if self.shard is None else self.shard.summed(product)
+
+    def _kept_product(self, tile: Tensor, kept: Tensor) -> Tensor:
+        return block_mm(tile, self.weight, kept, self.accumulation_dtype, self.backend)
+
+    def _product(self, tile: Tensor) -> Tensor:
         result: Tensor | None = None
         for columns, weight in self._slices(tile.shape[0]):
             operand = self._operand(tile[:, columns])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from fused_po.ops.planning import Chunk, Plan, Rows, cut, steps
 from fused_po.ops.sweep import Budget, Sweep, Workspace
 from fused_po.splits import Split
 from fused_po.stats import STATISTICS, Stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_loss"]
 
@@ -48,6 +51,7 @@ def linear_loss(
     outputs: Sequence[str] = (),
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
+    process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     **side_inputs: Number,
@@ -89,7 +93,10 @@ def linear_loss(
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
             tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
-        vocab_size: classes, where the weight has padded rows behind them; default V.
+        process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
+            rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
+            of the whole head, on every rank.
+        vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
             or per token in the shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per
@@ -121,6 +128,7 @@ def linear_loss(
         plan,
         vocab_size,
         backend,
+        process_group,
     )
     require_number("max_dropped_mass", max_dropped_mass)
     if not 0.0 <= max_dropped_mass < 1.0:

@@ -138,7 +138,7 @@ class Sweep:
         head, partials = self.head, []
         if self.kept is None:
             dtype = head.compute_dtype if self.unscaled else head.accumulation_dtype
-            self.kept = self.workspace.get("kept", self.kept_rows, head.vocab_size, dtype)
+            self.kept = self.workspace.get("kept", self.kept_rows, head.columns, dtype)
         for first, last in self._steps(0, self.kept_rows):
             kept = self.kept[first:last]
             logits = kept if self.in_place or not self.unscaled else self._logits_buffer(last - first)
@@ -167,7 +167,7 @@ class Sweep:
             if partials
             else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
         )
-        stats, self.anchors = finish(merged, self.labels, head.vocab_size, outputs)
+        stats, self.anchors = finish(merged, self.labels, head.classes, outputs)
         return stats
 
     def backward(self, coefficients: Coefficients, gradients: Gradients, groups: Tensor | None = None) -> None:
@@ -232,11 +232,19 @@ class Sweep:
 
     def _stats(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...]) -> Tensor:
         head, labels = self.head, self.labels[first:last]
-        return library.row_stats(logits, labels, self._transform(first, last), head.span, outputs, head.backend)
+        found = library.row_stats(logits, labels, self._transform(first, last), head.span, outputs, head.backend)
+        return found if head.shard is None else head.shard.merged(found)
 
     def _softmax(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...], out: Tensor | None) -> Tensor:
-        head, labels = self.head, self.labels[first:last]
-        return library.row_softmax(logits, labels, self._transform(first, last), head.span, outputs, out, head.backend)
+        head, labels, transform = self.head, self.labels[first:last], self._transform(first, last)
+        if head.shard is None:
+            return library.row_softmax(logits, labels, transform, head.span, outputs, out, head.backend)
+        # a shard's probabilities wait for the sums of the others: statistics first, then G with c = 1
+        partials = self._stats(logits, first, last, outputs)
+        _, anchors = finish(partials, labels, head.classes, ())
+        unscaled = Coefficients(torch.ones_like(anchors[0]))
+        library.row_grad(logits, labels, transform, head.span, anchors, unscaled, out, head.backend)
+        return partials
 
     def _grad(self, logits: Tensor, first: int, last: int, coefficients: Coefficients) -> Tensor:
         """dL/dx in the compute dtype; overwrites the logits where that is theirs."""
@@ -264,9 +272,9 @@ class Sweep:
         return self.head.transform(None if self.temperatures is None else self.temperatures[first:last])
 
     def _logits_buffer(self, rows: int) -> Tensor:
-        return self.workspace.get("logits", rows, self.head.vocab_size, self.head.accumulation_dtype)
+        return self.workspace.get("logits", rows, self.head.columns, self.head.accumulation_dtype)
 
     def _tile_buffer(self, logits: Tensor) -> Tensor:
         if self.in_place:
             return logits
-        return self.workspace.get("tile", logits.shape[0], self.head.vocab_size, self.head.compute_dtype)
+        return self.workspace.get("tile", logits.shape[0], self.head.columns, self.head.compute_dtype)
