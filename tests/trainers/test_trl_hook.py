@@ -60,15 +60,7 @@ def test_without_trl_one_sentence_says_so():
         "try:\n    import fused_po.trainers.trl\nexcept ImportError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "fused_po.trainers.trl needs TRL, which is not installed: pip install 'trl>=1.15'\n"
-
-
-@pytest.mark.parametrize("found", ["1.14.0", "0.24.1"])
-def test_an_older_trl_is_refused_and_left_alone(found, monkeypatch):
-    monkeypatch.setattr(hook, "version", lambda name: found)
-    with pytest.raises(ImportError, match=f"TRL {found} is not supported: 1.15 or later is wanted"):
-        hooks.enable()
-    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    assert done.stdout == "fused_po.trainers.trl needs TRL, which is not installed: pip install trl\n"
 
 
 def scaled(factor: float):

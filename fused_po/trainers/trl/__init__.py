@@ -4,7 +4,7 @@
 
     from fused_po.trainers import trl
 
-    trl.enable()  # SFT, DPO, KTO, GRPO, RLOO trainers of TRL >= 1.15
+    trl.enable()  # SFT, DPO, KTO, GRPO, RLOO, CPO, ORPO, OnlineDPO trainers of TRL >= 0.24
     trl.disable()
 
     with trl.enable():  # or for a while
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if find_spec("trl") is None:
-    raise ImportError("fused_po.trainers.trl needs TRL, which is not installed: pip install 'trl>=1.15'")
+    raise ImportError("fused_po.trainers.trl needs TRL, which is not installed: pip install trl")
 
 from fused_po.trainers.trl.hook import Enabled, calls, disable, enable, is_enabled
 

@@ -1,4 +1,4 @@
-"""The one place where TRL's trainers take log-probs from, replaced and put back."""
+"""Where TRL's trainers take log-probs from, replaced and put back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fused_po.ops import linear_token_stats
 from fused_po.stats import Stats
+from fused_po.trainers.trl.older import EXPERIMENTAL, METHODS, Patches
 
 __all__ = ["Enabled", "FusedLogProbs", "calls", "disable", "enable", "is_enabled"]
 
 NAME = "_ChunkedLogProbFunction"
-FIRST = (1, 15)
+GATHER = "maybe_gather_lm_head_ctx"
+# the first version with one place for all trainers, and the oldest that is supported
+FIRST, OLDEST = (1, 15), (0, 24)
 # TRL's names of statistics, in the order of its outputs
 NAMES = {
     "log_probs": "logp",
@@ -34,20 +37,17 @@ class FusedLogProbs:
     """Stands where TRL has an ``autograd.Function``: only ``apply`` is called.
 
     Args:
-        backend, scratch_bytes: as in ``linear_token_stats``.
+        count: called for each call.
         gather: of TRL, ``gather(weight, bias)`` is a context in which a sharded head is whole; entered again in
             backward.
+        options: ``backend`` and ``scratch_bytes`` of ``linear_token_stats``.
     """
 
     def __init__(
-        self,
-        backend: str | None,
-        scratch_bytes: int | None,
-        gather: Callable[..., AbstractContextManager[Any]],
+        self, count: Callable[[], None], gather: Callable[..., AbstractContextManager[Any]], **options: Any
     ) -> None:
-        self.options: dict[str, Any] = {"backend": backend, "scratch_bytes": scratch_bytes}
-        self.gather = gather
-        self.calls = 0
+        self.options = options
+        self.gather, self.count = gather, count
         # a call that makes the gradient of a loss in the same pass, see one_pass
         self.pending: Callable[..., Stats] | None = None
 
@@ -74,7 +74,7 @@ class FusedLogProbs:
             chunk_size: TRL's tile; ours follows from ``scratch_bytes``.
             outputs: TRL's names of what is wanted beside the log-probs.
         """
-        self.calls += 1
+        self.count()
         asked = tuple(ours for name, ours in NAMES.items() if name == "log_probs" or name in outputs)
         head: dict[str, Any] = {
             "bias": bias,
@@ -91,7 +91,10 @@ class FusedLogProbs:
 
 
 class Enabled:
-    """What ``enable`` returns; as a context it calls ``disable`` at its end."""
+    """What ``enable`` returns; as a context it restores at its end what it found."""
+
+    def __init__(self, before: dict[str, Any] | None) -> None:
+        self._before = before
 
     def __enter__(self) -> Enabled:
         return self
@@ -99,60 +102,106 @@ class Enabled:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        disable()
+        if self._before is None:
+            disable()
+        else:
+            enable(**self._before)
+
+
+class _State:
+    """What is replaced.
+
+    Attributes:
+        options: of ``enable``.
+        calls: how many were answered.
+        original: TRL's function, where this version has the one place.
+        patches: of trainers on logits.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.calls = options, 0
+        self.original: Any = None
+        self.patches: Patches | None = None
+
+    def count(self) -> None:
+        self.calls += 1
+
+    def install(self) -> None:
+        found, utils = _installed()
+        one_place = found >= FIRST and all(hasattr(utils, name) for name in (NAME, GATHER))
+        trainers = EXPERIMENTAL if one_place else tuple(METHODS)
+        self.patches = Patches(trainers, self.options, self.count)
+        self.patches.install()
+        if one_place:
+            self.original = getattr(utils, NAME)
+            setattr(utils, NAME, FusedLogProbs(self.count, getattr(utils, GATHER), **self.options))
+
+    def remove(self) -> None:
+        if self.original is not None:
+            setattr(_installed()[1], NAME, self.original)
+        if self.patches is not None:
+            self.patches.remove()
 
 
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
-    """Let TRL's SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO trainers take their log-probs from ``linear_token_stats``.
+    """Let TRL's trainers take their log-probs from ``linear_token_stats``.
 
-    Trainers that exist already change too; losses, metrics and gradients are TRL's, computed in float32 from float32
-    logits where TRL rounds a tile of them to the dtype of the model. Calling it again changes the options.
+    From TRL 1.15 on: SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO, through the one place where they take them, and the
+    experimental CPO, ORPO and OnlineDPO. From 0.24 to 1.14: all of these that the version has, through the logits that
+    they ask a model for, which are not made (see ``deferred``). Trainers that exist already change too; losses, metrics
+    and gradients are those of the installed TRL, computed in float32 from float32 logits. Calling it again changes the
+    options.
 
     Args:
         backend: as in ``linear_token_stats``; None: the first that supports the case.
         scratch_bytes: as there, per call.
 
     Returns:
-        a context manager that disables at its end, if used as one.
+        a context manager that at its end puts back what was there before the call, if used as one.
 
     Raises:
-        ImportError: a TRL without this place; nothing is changed.
+        ImportError: a TRL before 0.24, or one without the functions; nothing is changed.
     """
-    global _original
-    utils = _utils()
-    current = getattr(utils, NAME)
-    if not isinstance(current, FusedLogProbs):
-        _original = current
-    setattr(utils, NAME, FusedLogProbs(backend, scratch_bytes, utils.maybe_gather_lm_head_ctx))
-    return Enabled()
+    global _state
+    before = None if _state is None else _state.options
+    _installed()
+    disable()
+    made = _State({"backend": backend, "scratch_bytes": scratch_bytes})
+    made.install()
+    _state = made
+    return Enabled(before)
 
 
 def disable() -> None:
-    """Put TRL's own function back; nothing happens where ``enable`` was not called."""
-    global _original
-    if _original is not None:
-        setattr(_utils(), NAME, _original)
-        _original = None
+    """Put TRL's own functions back; nothing happens where ``enable`` was not called."""
+    global _state
+    if _state is not None:
+        _state.remove()
+        _state = None
 
 
 def is_enabled() -> bool:
     """Whether TRL's trainers take their log-probs from here."""
-    return _original is not None
+    return _state is not None
 
 
 def calls() -> int:
     """How many calls of TRL's trainers were answered since ``enable``; 0 where it is not enabled."""
-    current = getattr(_utils(), NAME)
-    return current.calls if isinstance(current, FusedLogProbs) else 0
+    return 0 if _state is None else _state.calls
 
 
-_original: Any = None
+_state: _State | None = None
 
 
-def _utils() -> Any:
+def _installed() -> tuple[tuple[int, ...], Any]:
+    """The version of TRL, and the module that its trainers take their functions from.
+
+    Raises:
+        ImportError: a version that is not supported.
+    """
     found = version("trl")
+    numbers = tuple(int(part) for part in found.split(".")[:2])
     utils = import_module("trl.trainer.utils")
-    missing = [name for name in (NAME, "maybe_gather_lm_head_ctx") if not hasattr(utils, name)]
-    if tuple(int(part) for part in found.split(".")[:2]) < FIRST or missing:
-        raise ImportError(f"TRL {found} is not supported: 1.15 or later is wanted; nothing was changed")
-    return utils
+    if numbers < OLDEST or not hasattr(utils, "selective_log_softmax"):
+        raise ImportError(f"TRL {found} is not supported: 0.24 or later is wanted; nothing was changed")
+    return numbers, utils

@@ -1,0 +1,236 @@
+"""Trainers that take log-probs from a model's logits: TRL 0.24 to 1.14, and CPO, ORPO and OnlineDPO of any version.
+
+Within the methods that call a model, its output layer returns ``DeferredLogits``; TRL's functions on logits know them.
+The model itself is called as ever, so wrappers and adapters behind the head work as they did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_po.ops.checks import IGNORE
+from fused_po.trainers.trl.deferred import DeferredLogits, deferring
+
+__all__ = ["EXPERIMENTAL", "METHODS", "Patches"]
+
+# trainers and those of their methods that call a model, as far as a version has them
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "DPOTrainer": ("_compute_loss", "compute_ref_log_probs", "concatenated_forward"),
+    "KTOTrainer": (
+        *("_compute_loss", "_compute_kl_logps", "compute_ref_log_probs"),
+        *("get_batch_loss_metrics", "compute_reference_log_probs", "_compute_logps"),
+    ),
+    "GRPOTrainer": ("_get_per_token_logps_and_entropies",),
+    "RLOOTrainer": ("_get_per_token_logps_and_entropies",),
+    "SFTTrainer": ("compute_loss",),
+    "CPOTrainer": ("concatenated_forward",),
+    "ORPOTrainer": ("concatenated_forward",),
+    "OnlineDPOTrainer": ("_forward",),
+}
+# still on logits where the others have a fused head
+EXPERIMENTAL = ("CPOTrainer", "ORPOTrainer", "OnlineDPOTrainer")
+
+
+class Patches:
+    """Everything that is replaced, to be put back by ``remove``.
+
+    Args:
+        trainers: names from ``METHODS``.
+        options: of ``linear_token_stats``.
+        count: called for each of its calls.
+    """
+
+    def __init__(self, trainers: tuple[str, ...], options: Mapping[str, Any], count: Callable[[], None]) -> None:
+        self._trainers, self._options, self._count = trainers, options, count
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def install(self) -> None:
+        """Replace functions and methods.
+
+        Raises:
+            ImportError: a TRL without the functions; nothing is changed.
+        """
+        utils = import_module("trl.trainer.utils")
+        if not hasattr(utils, "selective_log_softmax"):
+            raise ImportError("this TRL has no trl.trainer.utils.selective_log_softmax; nothing was changed")
+        for name, make in _FUNCTIONS.items():
+            original = getattr(utils, name, None)
+            if original is not None:
+                self._everywhere(name, original, make(original))
+        for trainer in self._loaded():
+            self._wrap(trainer)
+        self._follow()
+
+    def remove(self) -> None:
+        """Put everything back, and what has been imported meanwhile."""
+        for owner, name, original in reversed(self._replaced):
+            if isinstance(owner, ModuleType):
+                for module in _trl_modules():
+                    if getattr(getattr(module, name, None), "__wrapped__", None) is original:
+                        setattr(module, name, original)
+            else:
+                setattr(owner, name, original)
+        self._replaced.clear()
+
+    def _everywhere(self, name: str, original: Any, ours: Any) -> None:
+        """In every module that has imported the name."""
+        for module in _trl_modules():
+            if getattr(module, name, None) is original:
+                setattr(module, name, ours)
+        self._replaced.append((import_module("trl.trainer.utils"), name, original))
+
+    def _loaded(self) -> list[type]:
+        found = {
+            value
+            for module in _trl_modules()
+            for name, value in list(vars(module).items())
+            if name in self._trainers and isinstance(value, type)
+        }
+        return sorted(found, key=lambda one: one.__module__)
+
+    def _follow(self) -> None:
+        """Trainers that are imported later are wrapped when the first one is made."""
+        from transformers import Trainer
+
+        original = Trainer.__init__
+
+        @wraps(original)
+        def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            for one in type(trainer).__mro__:
+                if one.__name__ in self._trainers and one.__module__.startswith("trl."):
+                    self._wrap(one)
+            original(trainer, *args, **kwargs)
+
+        Trainer.__init__ = init  # type: ignore[assignment, method-assign]
+        self._replaced.append((Trainer, "__init__", original))
+
+    def _wrap(self, trainer: type) -> None:
+        for name in METHODS[trainer.__name__]:
+            original = vars(trainer).get(name)
+            if original is None or any(owner is trainer and name == one for owner, one, _ in self._replaced):
+                continue
+            setattr(trainer, name, self._within(original))
+            self._replaced.append((trainer, name, original))
+
+    def _within(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            given = [*args, *kwargs.values(), trainer.model, getattr(trainer, "ref_model", None)]
+            with ExitStack() as stack:
+                for model in given:
+                    if isinstance(model, nn.Module):
+                        stack.enter_context(_deferred(model, self._options, self._count))
+                return method(trainer, *args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def _deferred(model: nn.Module, options: Mapping[str, Any], count: Callable[[], None]) -> Iterator[None]:
+    """The output layer of a model returns deferred logits within, where that can be done."""
+    layer = _output_layer(model)
+    if layer is None or "forward" in vars(layer):
+        yield
+        return
+    layer.forward = deferring(layer, options, count)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _output_layer(model: nn.Module) -> nn.Linear | None:
+    """The head; None where it has an adapter, is sharded or compiled: TRL then makes logits as it does."""
+    found: Any = model
+    while isinstance(getattr(found, "module", None), nn.Module):
+        if type(found).__name__ in ("DataParallel", "FullyShardedDataParallel"):
+            return None
+        found = found.module
+    if isinstance(found, torch._dynamo.OptimizedModule):
+        return None
+    found = found.get_base_model() if hasattr(found, "get_base_model") else found
+    layer = found.get_output_embeddings() if hasattr(found, "get_output_embeddings") else None
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    sharded = hasattr(layer.weight, "ds_id") or hasattr(layer.weight, "full_tensor")
+    return None if sharded or layer.weight.ndim != 2 else layer
+
+
+def _trl_modules() -> list[ModuleType]:
+    # some of them are lazy: only what they hold already is looked at
+    return [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "trl" and module]
+
+
+def _selective_log_softmax(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def selective_log_softmax(
+        logits: Any, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> Any:
+        if not _fits(logits, index):
+            return original(_made(logits), index, **_given(temperature, row_mask))
+        return (logits / temperature).logp(_masked(index, row_mask))
+
+    return selective_log_softmax
+
+
+def _selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def selective_log_softmax_and_entropy(
+        logits: Any,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Any:
+        if not _fits(logits, index):
+            options = _given(temperature, row_mask)
+            return original(_made(logits), index, entropy_requires_grad=entropy_requires_grad, **options)
+        found = (logits / temperature).statistics(_masked(index, row_mask))
+        entropy = found["entropy"]
+        if temperature == 1.0:
+            logits.known.update(found)
+        return found["logp"], entropy if entropy_requires_grad else entropy.detach()
+
+    return selective_log_softmax_and_entropy
+
+
+def _entropy_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def entropy_from_logits(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return logits.entropy() if isinstance(logits, DeferredLogits) else original(logits, *args, **kwargs)
+
+    return entropy_from_logits
+
+
+_FUNCTIONS = {
+    "selective_log_softmax": _selective_log_softmax,
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "entropy_from_logits": _entropy_from_logits,
+}
+
+
+def _fits(logits: Any, index: Tensor) -> bool:
+    return isinstance(logits, DeferredLogits) and index.shape == logits.shape[:-1]
+
+
+def _made(logits: Any) -> Any:
+    return logits.made() if isinstance(logits, DeferredLogits) else logits
+
+
+def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    return index if row_mask is None else index.masked_fill(row_mask == 0, IGNORE)
+
+
+def _given(temperature: float, row_mask: Tensor | None) -> dict[str, Any]:
+    """Older functions know neither."""
+    found: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperature}
+    return found if row_mask is None else found | {"row_mask": row_mask}
