@@ -7,7 +7,14 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fused_po import linear_loss, losses
 from fused_po.trainers.model import hidden_and_head, token_stats_of
@@ -154,3 +161,9 @@ def test_an_encoder_decoder_is_refused() -> None:
     model = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         hidden_and_head(model)
+
+
+def test_a_head_of_several_layers_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="the head of BertLMHeadModel is more than one linear layer"):
+        hidden_and_head(BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, **sizes)))

@@ -84,8 +84,8 @@ def base_and_head(model: nn.Module) -> tuple[Any, HeadParameters]:
     vision-language model may name one that the outer model leaves out (Gemma 3, Cohere 2 Vision).
 
     Raises:
-        ValueError: a model without an output layer, an encoder-decoder, an adapter on the head (its weight is not the
-            layer's alone), or one that adds tokens (prompt tuning).
+        ValueError: a model without an output layer, an encoder-decoder, a head of several layers (BERT), an adapter on
+            the head (its weight is not the layer's alone), or one that adds tokens (prompt tuning).
     """
     prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -97,9 +97,14 @@ def base_and_head(model: nn.Module) -> tuple[Any, HeadParameters]:
         raise ValueError("the adapter adds tokens (prompt learning): its hidden states are not those of the inputs")
     if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
         raise ValueError("the head carries an adapter: take lm_head out of target_modules and modules_to_save")
+    # BERT's kin have a layer and a norm in front of it
+    between = [one for one in base.children() if "Prediction" in type(one).__name__]
+    if between or not any(one is layer for one in base.children()):
+        raise ValueError(f"the head of {type(base).__name__} is more than one linear layer")
     config = base.config.get_text_config()
-    softcap = getattr(config, SOFTCAP, None) if _reads(type(base), SOFTCAP) else None
-    return base, HeadParameters(layer.weight, getattr(layer, "bias", None), softcap, _logit_scale(type(base), config))
+    kind: Any = type(base)
+    softcap = getattr(config, SOFTCAP, None) if _reads(kind, SOFTCAP) else None
+    return base, HeadParameters(layer.weight, getattr(layer, "bias", None), softcap, _logit_scale(kind, config))
 
 
 def token_stats_of(
@@ -120,7 +125,7 @@ def token_stats_of(
     return Stats(**{name: value[:, :-1] for name, value in found.present().items()})
 
 
-def _logit_scale(kind: type, config: Any) -> float:
+def _logit_scale(kind: Any, config: Any) -> float:
     """Models name it differently; Granite and MiniCPM3 divide by theirs, HyperCLOVA X multiplies by one of the same
     name.
     """
@@ -134,7 +139,7 @@ def _logit_scale(kind: type, config: Any) -> float:
 
 
 @cache
-def _reads(kind: type, name: str) -> bool:
+def _reads(kind: Any, name: str) -> bool:
     """Whether the source of a model's class, or of one above it, names a setting; yes where there is no source.
 
     The source and not the function ``forward``, which trainers replace.
