@@ -146,6 +146,16 @@ class Split:
             )
         return loss.horizon
 
+    def silent(self, role: Tensor) -> Tensor | None:
+        """(N,) bool, rows of a side (N,) that counts 0 now; None where that follows from c alone, or no side does."""
+        positive, negative = self.weights
+        if self.by != "role" or (positive != 0.0 and negative != 0.0):
+            return None
+        dead = torch.zeros_like(role, dtype=torch.bool)
+        if positive == 0.0:
+            dead = dead | (role > 0)
+        return dead | (role < 0) if negative == 0.0 else dead
+
     def __call__(self, c: Tensor, role: Tensor, weight: Tensor, batch: Batch, loss: Loss) -> Tensor:
         """The coefficients (N,) of the sided terms of a loss, scaled.
 

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "losses": {"torch", "stats"},
     "splits.py": {"torch", "losses"},
     "kernels": {"torch", "triton", "filelock", "stats"},
-    "ops": {"torch", "stats", "kernels", "losses", "splits"},
+    "distributed.py": {"torch", "kernels"},
+    "ops": {"torch", "distributed", "stats", "kernels", "losses", "splits"},
     "trainers": {"torch", "transformers", "tokenizers", "peft", "trl", "stats", "losses", "splits", "ops"},
     "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
     "study": {

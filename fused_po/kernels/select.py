@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -22,14 +23,15 @@ BACKENDS = {
 logger = logging.getLogger("fused_po")
 
 
-def select(kernel: str, x: Tensor, requested: str | None) -> ModuleType:
+def select(kernel: str, x: Tensor, requested: str | None, backends: Mapping[str, str] | None = None) -> ModuleType:
     """The backend module that runs ``kernel`` on ``x``.
 
     Args:
-        kernel: ``row_stats``, ``row_grad`` or ``row_softmax``.
+        kernel: ``row_stats``, ``row_grad`` or ``row_softmax``, or one of ``backends``.
         x: the raw head outputs (N, V); its device, dtype and strides decide.
         requested: a name from ``BACKENDS``; None takes ``FUSED_PO_BACKEND`` and, without that, the first that
             supports the case.
+        backends: their modules by name in the order of preference; None takes ``BACKENDS``.
 
     Raises:
         ValueError: an unknown name, or a named backend that can't run the case (a named backend never falls back).
@@ -37,11 +39,14 @@ def select(kernel: str, x: Tensor, requested: str | None) -> ModuleType:
     requested = requested or os.environ.get("FUSED_PO_BACKEND") or None
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
-    for name in BACKENDS if requested is None else (requested,):
+    modules = BACKENDS if backends is None else backends
+    if requested is not None and requested not in modules:
+        raise ValueError(f"backend {requested!r} has no {kernel}: leave the choice, or take {' or '.join(modules)}")
+    for name in modules if requested is None else (requested,):
         # interpreted kernels are for tests, so CPU tensors get them only by name
         on_cpu_unasked = name == "triton" and x.device.type == "cpu" and requested is None
-        reason = "CPU tensors" if on_cpu_unasked else unsupported(name, kernel, x)
-        module, _ = _load(name)
+        reason = "CPU tensors" if on_cpu_unasked else unsupported(name, kernel, x, modules)
+        module, _ = _load(modules[name])
         if reason is None and module is not None:
             _announce(name, x.device.type)
             return module
@@ -50,16 +55,16 @@ def select(kernel: str, x: Tensor, requested: str | None) -> ModuleType:
     raise AssertionError("the reference backend supports every case")
 
 
-def unsupported(name: str, kernel: str, x: Tensor) -> str | None:
+def unsupported(name: str, kernel: str, x: Tensor, backends: Mapping[str, str] | None = None) -> str | None:
     """Why a backend can't run a kernel on a tensor, in words; None if it can."""
-    module, reason = _load(name)
+    module, reason = _load((BACKENDS if backends is None else backends)[name])
     return reason if module is None else module.unsupported(kernel, x)
 
 
 @cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+def _load(path: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module(BACKENDS[name]), None
+        return importlib.import_module(path), None
     except ImportError as error:
         return None, f"it can't be imported ({error})"
 

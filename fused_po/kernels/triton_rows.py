@@ -17,7 +17,7 @@ from fused_po.kernels.configs import launch_config
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform
 from fused_po.kernels.triton_math import expm1, shifted_exp, to_logits
 
-__all__ = ["row_grad", "row_softmax", "row_stats", "unsupported"]
+__all__ = ["device_of", "row_grad", "row_softmax", "row_stats", "unsupported"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -266,7 +266,7 @@ def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outpu
     count = x.shape[0]
     partials = x.new_empty((len(PARTIALS), count), dtype=torch.float32)
     if count:
-        with _device(x):
+        with device_of(x):
             row_stats_kernel[(count,)](
                 x,
                 labels,
@@ -293,7 +293,7 @@ def row_softmax(
     count = x.shape[0]
     partials = x.new_empty((len(PARTIALS), count), dtype=torch.float32)
     if count:
-        with _device(x):
+        with device_of(x):
             row_softmax_kernel[(count,)](
                 x,
                 out,
@@ -326,7 +326,7 @@ def row_grad(
     """``out <- dL/dx`` from the coefficients, see ``contract``: one read, one write."""
     if x.shape[0] == 0:
         return
-    with _device(x):
+    with device_of(x):
         row_grad_kernel[(x.shape[0],)](
             x,
             out,
@@ -374,5 +374,6 @@ def _wanted(outputs: tuple[str, ...]) -> dict[str, bool]:
     }
 
 
-def _device(x: Tensor) -> AbstractContextManager[object]:
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which launches go to the device of a tensor."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

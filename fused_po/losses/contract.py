@@ -80,6 +80,18 @@ class Loss(ABC):
         return c.abs()
 
     @property
+    def has_unsided_terms(self) -> bool:
+        """Some terms have no side."""
+        return False
+
+    def silent(self, batch: Batch) -> Tensor | None:
+        """(N,) bool, rows whose coefficients are exactly 0 whatever the policy says; None where none is known.
+
+        They are known before the policy runs, so their gradient is never computed.
+        """
+        return None
+
+    @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:
         """The losses that this one is a weighted sum of, each with sides of its own."""
         return ((1.0, self),)

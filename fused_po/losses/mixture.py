@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class Mixture(Loss):
                 f"loss_weights must be one number per loss: got {len(self.weights)} for {len(self.losses)}"
             )
         for weight in self.weights:
-            if not math.isfinite(weight):
-                raise ValueError(f"loss_weights must be finite: got {weight}")
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"loss_weights must be finite numbers: got {weight!r}")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -65,6 +66,20 @@ class Mixture(Loss):
     @property
     def weighs_sequences(self) -> bool:  # type: ignore[override]
         return all(part.weighs_sequences for part in self.losses)
+
+    @property
+    def has_unsided_terms(self) -> bool:
+        return any(part.has_unsided_terms for part in self.losses)
+
+    def silent(self, batch: Batch) -> Tensor | None:
+        """Rows that are silent in every part."""
+        found = None
+        for part in self.losses:
+            mask = part.silent(batch)
+            if mask is None:
+                return None
+            found = mask if found is None else found & mask
+        return found
 
     def role(self, batch: Batch) -> Tensor:
         """The sides of the first part that has any."""

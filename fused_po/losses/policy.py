@@ -114,6 +114,27 @@ class PolicyLoss(Loss):
     def differentiates(self) -> tuple[str, ...]:
         return ("logp", "entropy") if self.entropy_coef != 0.0 else ("logp",)
 
+    @property
+    def has_unsided_terms(self) -> bool:
+        return self.beta != 0.0 or self.entropy_coef != 0.0
+
+    def silent(self, batch: Batch) -> Tensor | None:
+        """Rows whose advantage or another factor is 0, over whole sequences where these are the horizon."""
+        if self.has_unsided_terms or self.own_horizon not in ("token", "sequence"):
+            return None
+        found = None
+        for factor in self.factors(batch):
+            zero = factor == 0
+            if self.own_horizon == "sequence":
+                zero = batch.spread(batch.sum_per_sequence(~zero) == 0)
+            found = zero if found is None else found | zero
+        return found
+
+    def factors(self, batch: Batch) -> list[Tensor]:
+        """(N,) each: the surrogate is a product of them and of what the policy says."""
+        weights = [batch.token(name) for name in self.multipliers]
+        return [advantages(batch), *(weight for weight in weights if weight is not None)]
+
     def role(self, batch: Batch) -> Tensor:
         return advantages(batch).sign()
 

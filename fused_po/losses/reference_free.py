@@ -78,6 +78,10 @@ class Cpo(PairLoss):
     def length_normalised(self) -> bool:
         return self.loss_type in ("ipo", "simpo")
 
+    @property
+    def has_unsided_terms(self) -> bool:
+        return self.cpo_alpha != 0.0
+
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         terms = super().__call__(stats, batch)
         if self.cpo_alpha != 0.0:
@@ -171,6 +175,10 @@ class Orpo(PairLoss):
 
     @property
     def length_normalised(self) -> bool:
+        return True
+
+    @property
+    def has_unsided_terms(self) -> bool:
         return True
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:

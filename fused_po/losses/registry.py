@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from numbers import Integral, Real
 from typing import TypeVar
 
 from fused_po.losses.contract import Loss, listed
@@ -13,6 +14,14 @@ __all__ = ["create", "names", "register"]
 
 # what people call losses that have TRL's name here
 OTHER_NAMES = {"dpo": "sigmoid", "cdpo": "conservative", "slic": "hinge", "sppo": "sppo_hard", "exo": "exo_pair"}
+
+# what an annotation of a hyper-parameter asks for
+_WORDS: dict[str, tuple[type, str]] = {
+    "float": (Real, "a number"),
+    "int": (Integral, "a whole number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a word"),
+}
 
 _registry: dict[str, type[Loss]] = {}
 
@@ -56,10 +65,15 @@ def create(
         if loss_weights is not None:
             raise ValueError("loss_weights weights a list of losses: got one name")
         _refuse_unknown(f"loss {name!r}", _known(name), hyperparameters)
+        _check_types(_registry[name], hyperparameters)
         return _registry[name](**hyperparameters)
+    if not isinstance(name, Sequence) or not name:
+        raise ValueError(f"a loss is a name, or a list of names that is not empty: got {name!r}")
     chosen = list(name)
     known = {one: _known(one) for one in chosen}
     _refuse_unknown(f"none of the losses {listed(known)}", frozenset().union(*known.values()), hyperparameters)
+    for one, options in known.items():
+        _check_types(_registry[one], {key: value for key, value in hyperparameters.items() if key in options})
     paired = {"paired": True} if set(chosen) != {"sft"} else {}
     given = [{**paired, **hyperparameters} for _ in chosen]
     parts = [
@@ -80,3 +94,16 @@ def _refuse_unknown(who: str, known: frozenset[str], given: dict[str, object]) -
     unknown = frozenset(given) - known
     if unknown:
         raise ValueError(f"{who} has no hyper-parameter {listed(unknown)}; it has {listed(known) or 'none'}")
+
+
+def _check_types(cls: type[Loss], given: dict[str, object]) -> None:
+    """Hyper-parameters are plain numbers, words and switches: a tensor would have to be read in every step."""
+    annotations = {field.name: str(field.type) for field in fields(cls)}
+    for name, value in given.items():
+        wanted = annotations[name].removesuffix(" | None")
+        if wanted not in _WORDS or (value is None and wanted != annotations[name]):
+            continue
+        kind, words = _WORDS[wanted]
+        if not isinstance(value, kind) or (isinstance(value, bool) and wanted != "bool"):
+            optional = " or None" if wanted != annotations[name] else ""
+            raise ValueError(f"{name} must be {words}{optional}: got {value!r}")

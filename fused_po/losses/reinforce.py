@@ -76,6 +76,9 @@ class AsymRE(OnPolicyLoss):
         super().__post_init__()
         require_range(self, "delta_v", -math.inf, math.inf, open_low=True, open_high=True)
 
+    def factors(self, batch: Batch) -> list[Tensor]:
+        return [advantages(batch) - self.delta_v, *super().factors(batch)[1:]]
+
     def role(self, batch: Batch) -> Tensor:
         return (advantages(batch) - self.delta_v).sign()
 
@@ -108,10 +111,15 @@ class WReinforce(OnPolicyLoss):
         for name in ("positive", "negative"):
             require_range(self, name, 0.0, math.inf)
 
+    def factors(self, batch: Batch) -> list[Tensor]:
+        return [self._size(batch), *super().factors(batch)]
+
     def ratio_weight(self, logp: Tensor, batch: Batch) -> Tensor:
         advantage = advantages(batch)
-        size = choose(advantage > 0, self.positive, self.negative)
-        return torch.where(advantage == 0, 0.0, size / advantage.abs())
+        return torch.where(advantage == 0, 0.0, self._size(batch) / advantage.abs())
+
+    def _size(self, batch: Batch) -> Tensor:
+        return choose(advantages(batch) > 0, self.positive, self.negative)
 
 
 @register("psr")

@@ -46,6 +46,17 @@ class Sft(Loss):
     def reports(self) -> tuple[str, ...]:
         return ("entropy", "is_top1")
 
+    @property
+    def has_unsided_terms(self) -> bool:
+        return True
+
+    def silent(self, batch: Batch) -> Tensor | None:
+        """The rejected half, or rows that weigh nothing."""
+        if self.paired:
+            return ~batch.chosen
+        row_weight = batch.token("row_weight")
+        return None if row_weight is None else row_weight == 0
+
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         if self.paired:
             return {"nll": chosen_nll(stats, batch)}

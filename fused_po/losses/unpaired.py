@@ -75,6 +75,12 @@ class UnpairedLoss(Loss):
         )
         return {"preference": batch.mean_sequences(value)}
 
+    def silent(self, batch: Batch) -> Tensor | None:
+        """A side that weighs nothing."""
+        if self.desirable_weight != 0.0 and self.undesirable_weight != 0.0:
+            return None
+        return batch.spread(choose(_desirable(batch), self.desirable_weight, self.undesirable_weight)) == 0
+
     def role(self, batch: Batch) -> Tensor:
         return batch.spread(choose(_desirable(batch), 1.0, -1.0))
 

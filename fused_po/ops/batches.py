@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, TOKEN_FLAGS, Batch
-from fused_po.ops.checks import IGNORE, looks_at, same_device
+from fused_po.ops.checks import IGNORE, looks_at, require_number, require_real, same_device
 from fused_po.ops.planning import Chunk, Plan, Rows
 from fused_po.stats import Stats
 
@@ -182,6 +182,7 @@ def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
             raise ValueError(f"{name} must be bool: got {value.dtype}")
     else:
         wanted = [(count,), tuple(labels.shape)]
+        require_real(**{name: value})
     if tuple(value.shape) not in wanted:
         shapes = " or ".join(str(shape) for shape in dict.fromkeys(wanted))
         meaning = " (the sum over its loss tokens, or per token)" if name in SUMMED else ""
@@ -191,6 +192,8 @@ def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
 
 def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
     """What a loss divides by, (); a tensor is not looked at, and counts as 1 where it is 0."""
+    if not isinstance(value, Tensor):
+        require_number(name, value)
     if not isinstance(value, Tensor) and not 0 < value < float("inf"):
         raise ValueError(f"{name} must be above 0: got {value}")
     found = _number(value, device)

@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_po.distributed import Shard
 from fused_po.ops.batches import Layout
-from fused_po.ops.checks import check_head, check_labels, check_scalars, require_tensors, row_temperatures
+from fused_po.ops.checks import (
+    check_head,
+    check_labels,
+    check_scalars,
+    looks_at,
+    require_number,
+    require_tensors,
+    row_temperatures,
+)
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
-from fused_po.ops.planning import Plan, default_plan
+from fused_po.ops.planning import Plan, blind, default_plan
 
 __all__ = ["HeadCall", "prepare"]
 
@@ -38,6 +47,10 @@ class HeadCall:
     backend: str | None
     wanted: Wanted
     plan: Plan
+    # the call may look at values on a GPU once, before its loop
+    may_wait: bool
+    max_dropped_mass: float = 0.0
+    shard: Shard | None = None
     # a context in which a sharded head is whole, of its weight and bias
     gather: Callable[..., AbstractContextManager[Any]] = _whole
 
@@ -52,6 +65,8 @@ class HeadCall:
             self.logit_scale,
             self.scratch_bytes // 8,
             self.backend,
+            self.max_dropped_mass,
+            self.shard,
         )
 
     def wanting(self, wanted: Wanted) -> HeadCall:
@@ -83,26 +98,39 @@ def prepare(
     plan: Plan | None,
     vocab_size: int | None,
     backend: str | None,
+    process_group: Any = None,
 ) -> Prepared:
     """Check the arguments of an operation on hidden states and lay them out.
 
     Raises:
         ValueError: whatever does not fit, with what was got and what was wanted.
     """
-    check_head(hidden, weight, bias, labels, vocab_size)
+    check_head(hidden, weight, bias, labels, vocab_size if process_group is None else None)
     check_scalars(temperature, softcap, logit_scale)
-    if vocab_size is not None and vocab_size < weight.shape[0]:
+    shard = None
+    if process_group is not None:
+        # padded rows stay: tiles, and so the steps of the loop, must be the same on every rank
+        shard = Shard.of(process_group, weight.shape[0], vocab_size)
+        if looks_at(weight):
+            shard.check(weight.shape[0], weight.device)
+    elif vocab_size is not None and vocab_size < weight.shape[0]:
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
-    check_labels(labels, weight.shape[0])
+    check_labels(labels, weight.shape[0] if shard is None else shard.classes)
     if cu_seqlens is not None:
         require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is not None and labels.ndim != 1:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
         scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
+    require_number("scratch_bytes", scratch_bytes, whole=True)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan must come from fused_po.make_plan: got {plan!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend must be a name or None: got {backend!r}")
+    may_wait = plan is None and not blind(labels)
     if plan is None:
         plan = default_plan(labels, cu_seqlens)
     elif cu_seqlens is not None and cu_seqlens.numel() != len(plan.lengths) + 1:
@@ -122,6 +150,8 @@ def prepare(
         backend,
         wanted,
         plan,
+        may_wait,
+        shard=shard,
     )
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ __all__ = [
     "check_outputs",
     "check_scalars",
     "looks_at",
+    "require_number",
+    "require_real",
     "require_tensors",
     "row_temperatures",
 ]
@@ -45,6 +48,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]}: got {_shape(weight)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (V,) with V = {weight.shape[0]}: got {_shape(bias)}")
+    if vocab_size is not None:
+        require_number("vocab_size", vocab_size, whole=True)
     if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size must lie in [1, {weight.shape[0]}], the rows of weight: got {vocab_size}")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -60,6 +65,19 @@ def require_tensors(**given: object) -> None:
             hint = " (its .last_hidden_state?)" if hasattr(value, "last_hidden_state") else ""
             hint = " (its .weight?)" if isinstance(value, torch.nn.Linear) else hint
             raise ValueError(f"{name} must be a tensor: got {type(value).__name__}{hint}")
+
+
+def require_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ValueError for what is no number, or no ``whole`` one."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number: got {value!r}")
+
+
+def require_real(**given: Tensor) -> None:
+    """Raise ValueError for a tensor that holds flags or complex numbers."""
+    for name, tensor in given.items():
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise ValueError(f"{name} must hold real numbers: got {tensor.dtype}")
 
 
 def same_device(hidden: Tensor, **others: Tensor | None) -> None:
@@ -95,6 +113,11 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
     Raises:
         ValueError: a temperature or softcap that is not a positive number, a logit scale that is not finite.
     """
+    if not isinstance(temperature, Tensor):
+        require_number("temperature", temperature)
+    if softcap is not None:
+        require_number("softcap", softcap)
+    require_number("logit_scale", logit_scale)
     if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be a positive number: got {temperature}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -158,6 +181,7 @@ def row_temperatures(
 
 def _spread_temperatures(temperature: Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
     same_device(labels, temperature=temperature)
+    require_real(temperature=temperature)
     values = temperature.detach().to(dtype)
     if values.ndim == 0:
         return values.expand(labels.numel()).contiguous()

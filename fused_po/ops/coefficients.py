@@ -14,7 +14,7 @@ from fused_po.losses.contract import Batch, Loss, total
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
-__all__ = ["coefficients", "loss_value", "sided_coefficients"]
+__all__ = ["coefficients", "loss_value", "sided_coefficients", "silent_rows"]
 
 
 def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = None) -> tuple[Tensor, Coefficients]:
@@ -60,6 +60,27 @@ def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
     for factor, part in loss.parts:
         _, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
         found = found + factor * sided["logp"].double()
+    return found
+
+
+def silent_rows(loss: Loss, batch: Batch, split: Split | None = None) -> Tensor | None:
+    """(N,) bool, rows whose coefficients are exactly 0 whatever the policy says; None where none is known.
+
+    Args:
+        loss: any loss.
+        batch: the whole call.
+        split: the split of the call.
+    """
+    found = None
+    for _, part in loss.parts:
+        masks = [part.silent(batch)]
+        if split is not None and not part.has_unsided_terms:
+            masks.append(split.silent(part.role(batch)))
+        known = [mask for mask in masks if mask is not None]
+        if not known:
+            return None
+        silent = torch.stack(known).any(0)
+        found = silent if found is None else found & silent
     return found
 
 

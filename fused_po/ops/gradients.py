@@ -53,11 +53,17 @@ class Gradients:
         self.parts = parts
         self.hidden = hidden.new_zeros(hidden.shape, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
         self.weights = [weight.new_zeros(weight.shape, dtype=wide) for _ in range(parts if wanted.weight else 0)]
-        self.biases = [weight.new_zeros(head.vocab_size, dtype=wide) for _ in range(parts if wanted.bias else 0)]
+        self.biases = [weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
         self._scale = weight.new_zeros((), dtype=wide) if head.compute_dtype == torch.float16 else None
 
     def add_head(
-        self, head: Head, tile: Tensor, rows: Tensor | None, scalar: Tensor | None, groups: Tensor | None
+        self,
+        head: Head,
+        tile: Tensor,
+        rows: Tensor | None,
+        scalar: Tensor | None,
+        groups: Tensor | None,
+        kept: Tensor | None = None,
     ) -> None:
         """GEMM 3 of a gradient tile (R, V), each row into its part.
 
@@ -65,6 +71,7 @@ class Gradients:
             rows: (R, H), hidden states times the coefficient that is not in the tile; None where dW is not wanted.
             scalar: (R,), that coefficient; None: all 1.
             groups: (R,) int64, the part of each row; None: all in the first.
+            kept: the blocks of the tile that count for dW; None: all. Not together with groups.
         """
         for part in range(self.parts):
             own = slice(None) if groups is None else (groups == part).nonzero().squeeze(1)
@@ -72,7 +79,7 @@ class Gradients:
             if not mine.shape[0]:
                 continue
             if self.weights and rows is not None:
-                head.add_weight_grad(self.weights[part], mine, rows[own])
+                head.add_weight_grad(self.weights[part], mine, rows[own], kept)
             if self.biases:
                 head.add_bias_grad(self.biases[part], mine, None if scalar is None else scalar[own])
 

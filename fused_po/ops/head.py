@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_po.distributed import Shard
+from fused_po.kernels.blocks import block_mm, block_mm_t, choose
 from fused_po.kernels.contract import Span, Transform, accumulation_dtype
 
 __all__ = ["Head", "compute_dtype"]
@@ -29,6 +31,8 @@ class Head:
         compute_dtype: dtype of the GEMM operands and of gradient tiles.
         slice_bytes: bound on the memory of one cast slice of the weight.
         backend: requested kernel backend.
+        max_dropped_mass: share of a row's gradient that GEMM 2 and 3 may leave out.
+        shard: this rank's classes, where the vocabulary is sharded; None: it is not.
     """
 
     weight: Tensor  # (V, H)
@@ -39,14 +43,23 @@ class Head:
     logit_scale: float
     slice_bytes: int
     backend: str | None
+    max_dropped_mass: float = 0.0
+    shard: Shard | None = None
 
     @property
-    def vocab_size(self) -> int:
+    def columns(self) -> int:
+        """Width of a tile: the rows of the weight."""
         return self.weight.shape[0]
 
     @property
+    def classes(self) -> int:
+        """Of the whole vocabulary."""
+        return self.columns if self.shard is None else self.shard.classes
+
+    @property
     def span(self) -> Span:
-        return Span(0, self.vocab_size)
+        """The classes that the columns stand for."""
+        return Span(0, self.columns) if self.shard is None else self.shard.span
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -64,8 +77,19 @@ class Head:
         if self.bias is not None:
             out.add_(self.bias)
 
-    def hidden_grad(self, tile: Tensor) -> Tensor:
-        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype."""
+    def kept_blocks(self, tile: Tensor) -> Tensor | None:
+        """Which blocks of a gradient tile (R, V) count, see ``kernels.blocks``; None: all."""
+        return choose(tile, self.max_dropped_mass, self.backend) if self.max_dropped_mass else None
+
+    def hidden_grad(self, tile: Tensor, kept: Tensor | None = None) -> Tensor:
+        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype, over the whole vocabulary."""
+        product = self._product(tile) if kept is None else self._kept_product(tile, kept)
+        return product if self.shard is None else self.shard.summed(product)
+
+    def _kept_product(self, tile: Tensor, kept: Tensor) -> Tensor:
+        return block_mm(tile, self.weight, kept, self.accumulation_dtype, self.backend)
+
+    def _product(self, tile: Tensor) -> Tensor:
         result: Tensor | None = None
         for columns, weight in self._slices(tile.shape[0]):
             operand = self._operand(tile[:, columns])
@@ -77,8 +101,11 @@ class Head:
         assert result is not None
         return result
 
-    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor) -> None:
+    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor, kept: Tensor | None = None) -> None:
         """GEMM 3: grad (V, H) += tile^T (V, R) rows (R, H), in the accumulation dtype."""
+        if kept is not None:
+            block_mm_t(tile, rows.to(self.compute_dtype), kept, grad, self.backend)
+            return
         rows = self._operand(rows)
         for columns in self._columns(self._math_dtype != tile.dtype, tile.shape[0]):
             self._matmul_add(grad[columns], self._operand(tile[:, columns]).t(), rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import HORIZONS, Batch, Loss
+from fused_po.ops.active import Arranged, host_mask
 from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
-from fused_po.ops.checks import check_outputs
-from fused_po.ops.coefficients import coefficients, loss_value
+from fused_po.ops.checks import check_outputs, require_number
+from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
 from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
@@ -23,6 +25,9 @@ from fused_po.ops.planning import Chunk, Plan, Rows, cut, steps
 from fused_po.ops.sweep import Budget, Sweep, Workspace
 from fused_po.splits import Split
 from fused_po.stats import STATISTICS, Stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_loss"]
 
@@ -42,9 +47,11 @@ def linear_loss(
     num_sequences: Number | None = None,
     split: Split | None = None,
     split_gradients: bool | str = False,
+    max_dropped_mass: float = 0.0,
     outputs: Sequence[str] = (),
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
+    process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     **side_inputs: Number,
@@ -77,12 +84,19 @@ def linear_loss(
             bottom third by the loss's own weight, which makes the batch the horizon. No further FLOP: the parts share
             the rows. It costs a dW for each part and a copy of dH, outside ``scratch_bytes``, and waits for each tile
             once.
+        max_dropped_mass: in [0, 1), 0.0: exact. Above, GEMM 2 and 3 leave out blocks of the vocabulary where a row's
+            gradient is negligible: of its L1 mass, 2 (1 - p_y) times coefficient and slope for a loss in logp, no row
+            loses more than this share. Value, statistics and the gradient of the bias stay exact. Pays where rows are
+            peaked: 1e-3 leaves most blocks out there, and none of a flat row.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
             on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
-            alone).
-        vocab_size: classes, where the weight has padded rows behind them; default V.
+        plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
+            tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
+        process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
+            rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
+            of the whole head, on every rank.
+        vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
             or per token in the shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per
@@ -114,8 +128,14 @@ def linear_loss(
         plan,
         vocab_size,
         backend,
+        process_group,
     )
-    call, layout = ready.call, ready.layout
+    require_number("max_dropped_mass", max_dropped_mass)
+    if not 0.0 <= max_dropped_mass < 1.0:
+        raise ValueError(f"max_dropped_mass must lie in [0, 1), a share of each row's gradient: got {max_dropped_mass}")
+    if max_dropped_mass and split_gradients:
+        raise ValueError("max_dropped_mass does not go with split_gradients: its parts would not sum to the whole")
+    call, layout = replace(ready.call, max_dropped_mass=float(max_dropped_mass)), ready.layout
     if call.wanted.any:
         _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype
@@ -198,6 +218,7 @@ class _Run:
         self.gradients = Gradients(call.wanted, hidden, head, max(1, len(names)))
         self.groups: list[tuple[Rows, Tensor]] = []
         self.workspace = Workspace(head)
+        self.silent: Tensor | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The value (), the factor () that gradients still lack, and the statistics in planned order."""
@@ -205,6 +226,8 @@ class _Run:
         horizon = HORIZONS[-1] if self.names == THIRDS else horizon
         chunks = cut(self.call.plan, horizon, self.budget.whole)
         wide = self.head.accumulation_dtype
+        if self.call.wanted.any and not self.names:
+            self.silent = host_mask(silent_rows(self.loss, batch, self.split), self.call.may_wait)
         value = self.hidden.new_zeros((), dtype=torch.float64)
         factor = self.hidden.new_ones((), dtype=wide)
         parts: list[tuple[Rows, Stats]] = []
@@ -229,11 +252,13 @@ class _Run:
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
         home = None
+        arranged = Arranged.of(chunk.rows, self.silent, self.hidden.device)
         eager = self.unscaled and self.call.wanted.hidden and not self.call.wanted.head
-        if eager and chunk.rows.count <= self.budget.whole:
-            home = self.workspace.get("home", chunk.rows.count, self.hidden.shape[1], self.head.accumulation_dtype)
-        sweep = self._sweep(chunk.rows, home)
-        stats = masked_stats(sweep.forward(self.outputs, self.gradients), batch.mask)
+        if eager and arranged.active <= self.budget.whole:
+            home = self.workspace.get("home", arranged.active, self.hidden.shape[1], self.head.accumulation_dtype)
+        sweep = self._sweep(arranged, home)
+        found = sweep.forward(self.outputs, self.gradients).present()
+        stats = masked_stats(Stats(**{name: arranged.restored(v) for name, v in found.items()}), batch.mask)
         if not self.call.wanted.any and not self.names:
             return loss_value(self.loss, stats, batch), stats
         value, triple = coefficients(self.loss, stats, batch, self.split)
@@ -242,6 +267,7 @@ class _Run:
             groups = parts_of(self.names, self.loss, stats, batch)
             self.groups.append((chunk.rows, groups))
         if self.call.wanted.any:
+            triple = Coefficients(*(None if c is None else arranged.arranged(c) for c in triple))
             sweep.backward(triple, self.gradients, groups)
         return value, stats
 
@@ -250,7 +276,7 @@ class _Run:
         parts: list[tuple[Rows, Stats]] = []
         for first, last in steps(0, chunk.rows.count, self.budget.whole):
             rows = chunk.rows.part(first, last)
-            sweep = self._sweep(rows, None)
+            sweep = self._sweep(Arranged.of(rows, None, self.hidden.device), None)
             stats = sweep.forward(self.outputs)
             sweep.backward(Coefficients(pattern[first:last]), self.gradients)
             parts.append((Rows(((first, last),), None), stats))
@@ -275,20 +301,21 @@ class _Run:
         for name, grads in (("weight", self.gradients.weights), ("bias", self.gradients.biases)):
             kept |= {f"{name}/{part}": grad for part, grad in zip(self.names, grads, strict=False)}
 
-    def _sweep(self, rows: Rows, home: Tensor | None) -> Sweep:
-        temperatures = None if self.temperatures is None else rows.take(self.temperatures)
+    def _sweep(self, arranged: Arranged, home: Tensor | None) -> Sweep:
+        temperatures = None if self.temperatures is None else arranged.take(self.temperatures)
         return Sweep(
             self.head,
             self.hidden,
-            rows.take(self.labels),
+            arranged.take(self.labels),
             temperatures,
-            rows,
+            arranged.rows,
             self.budget,
             self.call.wanted,
             unscaled=self.unscaled,
             workspace=self.workspace,
             home=home,
             masked=self.call.plan.masked,
+            active=arranged.active,
         )
 
     def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:

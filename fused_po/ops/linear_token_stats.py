@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
 from fused_po.ops.planning import Plan, Rows
 from fused_po.ops.sweep import Budget, Sweep, Workspace
 from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_token_stats"]
 
@@ -34,6 +37,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
+    process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     gather: Callable[..., AbstractContextManager[Any]] | None = None,
@@ -58,7 +62,10 @@ def linear_token_stats(
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a
             CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once.
-        vocab_size: classes, where the weight has padded rows behind them; default V.
+        process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
+            rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
+            of the whole head, on every rank.
+        vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
         backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
         gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it,
             backward enters it again.
@@ -71,7 +78,19 @@ def linear_token_stats(
     """
     check_outputs(outputs)
     ready = prepare(
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, None, scratch_bytes, plan, vocab_size, backend
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        None,
+        scratch_bytes,
+        plan,
+        vocab_size,
+        backend,
+        process_group,
     )
     asked = tuple(name for name in STATISTICS if name in outputs)
     call = ready.call if gather is None else replace(ready.call, gather=gather)

@@ -132,9 +132,13 @@ def static_plan(labels: Tensor, packed: bool) -> Plan:
 
 
 def default_plan(labels: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    """The plan of a call without one: of shapes alone where values can't be looked at, in traces and captures."""
-    blind = torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing())
-    return static_plan(labels, cu_seqlens is not None) if blind else make_plan(labels, cu_seqlens=cu_seqlens)
+    """The plan of a call without one: of shapes alone where values can't be looked at."""
+    return static_plan(labels, cu_seqlens is not None) if blind(labels) else make_plan(labels, cu_seqlens=cu_seqlens)
+
+
+def blind(labels: Tensor) -> bool:
+    """Values can't be looked at: in traces and captures."""
+    return torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:

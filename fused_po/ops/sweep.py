@@ -101,6 +101,7 @@ class Sweep:
         home: for an eager sweep, where the product of GEMM 2 waits for its coefficient: (R, H), or None for the
             gradient's own memory.
         masked: rows without loss are among them, whose hidden states may be anything.
+        active: how many of the rows, the leading ones, have a gradient; None: all.
     """
 
     def __init__(
@@ -117,14 +118,17 @@ class Sweep:
         workspace: Workspace,
         home: Tensor | None = None,
         masked: bool = False,
+        active: int | None = None,
     ) -> None:
         self.head, self.hidden, self.labels, self.temperatures = head, hidden, labels, temperatures
         self.rows, self.budget, self.wanted, self.unscaled = rows, budget, wanted, unscaled
         self.workspace, self.home, self.masked = workspace, home, masked
         self.eager = unscaled and wanted.hidden and not wanted.head
         keeps = wanted.any and not self.eager
-        count = rows.count
-        self.kept_rows = 0 if not keeps else count if count <= budget.whole else budget.kept
+        self.active = rows.count if active is None else active
+        # rows without a gradient pass through tiles in flight, for which ``kept`` leaves room
+        room = rows.count if rows.count <= budget.whole else budget.kept
+        self.kept_rows = min(room, self.active) if keeps else 0
         self.in_place = head.compute_dtype == head.accumulation_dtype
         self.kept: Tensor | None = None
         self.anchors: Tensor | None = None
@@ -134,7 +138,7 @@ class Sweep:
         head, partials = self.head, []
         if self.kept is None:
             dtype = head.compute_dtype if self.unscaled else head.accumulation_dtype
-            self.kept = self.workspace.get("kept", self.kept_rows, head.vocab_size, dtype)
+            self.kept = self.workspace.get("kept", self.kept_rows, head.columns, dtype)
         for first, last in self._steps(0, self.kept_rows):
             kept = self.kept[first:last]
             logits = kept if self.in_place or not self.unscaled else self._logits_buffer(last - first)
@@ -143,30 +147,32 @@ class Sweep:
                 partials.append(self._softmax(logits, first, last, outputs, None if logits is kept else kept))
             else:
                 partials.append(self._stats(logits, first, last, outputs))
-        for first, last in self._steps(self.kept_rows, self.rows.count):
+        eager = self.active if self.eager else self.kept_rows
+        for first, last in self._steps(self.kept_rows, eager):
             logits = self._logits_buffer(last - first)
             head.logits_into(logits, self._hidden(first, last))
-            if not self.eager:
-                partials.append(self._stats(logits, first, last, outputs))
-                continue
             tile = self._tile_buffer(logits)
             partials.append(self._softmax(logits, first, last, outputs, None if tile is logits else tile))
-            product = head.hidden_grad(tile)
+            product = head.hidden_grad(tile, head.kept_blocks(tile))
             if self.home is not None:
                 self.home[first:last] = product
             elif gradients is not None and gradients.hidden is not None:
                 self.rows.part(first, last).scatter(gradients.hidden, product)
+        for first, last in self._steps(eager, self.rows.count):
+            logits = self._logits_buffer(last - first)
+            head.logits_into(logits, self._hidden(first, last))
+            partials.append(self._stats(logits, first, last, outputs))
         merged = (
             torch.cat(partials, 1)
             if partials
             else self.hidden.new_zeros(len(PARTIALS), 0, dtype=head.accumulation_dtype)
         )
-        stats, self.anchors = finish(merged, self.labels, head.vocab_size, outputs)
+        stats, self.anchors = finish(merged, self.labels, head.classes, outputs)
         return stats
 
     def backward(self, coefficients: Coefficients, gradients: Gradients, groups: Tensor | None = None) -> None:
-        """GEMM 2 and 3: add to ``gradients`` what the coefficients (R,) make of the rows; ``groups`` (R,) names the
-        part that each row belongs to.
+        """GEMM 2 and 3: add to ``gradients`` what the coefficients (A,) make of the active rows; ``groups`` (A,) names
+        the part that each row belongs to.
         """
         if self.eager:
             self._scale_products(coefficients, gradients)
@@ -175,13 +181,15 @@ class Sweep:
         # kept tiles that need no other buffer go at once, so that dW is read and written once; rows of a part are
         # copied out of their tile
         alone = (self.in_place or self.unscaled) and groups is None
+        if not self.active:
+            return
         for first, last in steps(0, self.kept_rows, max(1, self.kept_rows) if alone else self.budget.tile):
             assert self.kept is not None
             tile = self.kept[first:last]
             if not self.unscaled:
                 tile = self._grad(tile, first, last, coefficients)
             self._add(tile, first, last, coefficients, gradients, groups)
-        for first, last in self._steps(self.kept_rows, self.rows.count):
+        for first, last in self._steps(self.kept_rows, self.active):
             logits = self._logits_buffer(last - first)
             self.head.logits_into(logits, self._hidden(first, last))
             if self.unscaled:
@@ -203,19 +211,20 @@ class Sweep:
         """GEMM 2 and 3 of a gradient tile (R, V)."""
         head, part = self.head, self.rows.part(first, last)
         scalar = coefficients.logp[first:last] if self.unscaled and coefficients.logp is not None else None  # (R,)
+        kept = head.kept_blocks(tile)
         if gradients.hidden is not None:
-            product = head.hidden_grad(tile)
+            product = head.hidden_grad(tile, kept)
             if scalar is not None:
                 product.mul_(scalar.unsqueeze(1))
             part.scatter(gradients.hidden, gradients.restored(product))
         rows = self._hidden(first, last) if gradients.weights else None
         if rows is not None and scalar is not None:
             rows = rows.to(head.accumulation_dtype) * scalar.unsqueeze(1)
-        gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last])
+        gradients.add_head(head, tile, rows, scalar, None if groups is None else groups[first:last], kept)
 
     def _scale_products(self, coefficients: Coefficients, gradients: Gradients) -> None:
         assert coefficients.logp is not None and gradients.hidden is not None
-        for first, last in steps(0, self.rows.count, MAX_TILE_ROWS):
+        for first, last in steps(0, self.active, MAX_TILE_ROWS):
             part = self.rows.part(first, last)
             product = part.gather(gradients.hidden) if self.home is None else self.home[first:last]
             scaled = product.to(self.head.accumulation_dtype) * coefficients.logp[first:last].unsqueeze(1)
@@ -223,11 +232,19 @@ class Sweep:
 
     def _stats(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...]) -> Tensor:
         head, labels = self.head, self.labels[first:last]
-        return library.row_stats(logits, labels, self._transform(first, last), head.span, outputs, head.backend)
+        found = library.row_stats(logits, labels, self._transform(first, last), head.span, outputs, head.backend)
+        return found if head.shard is None else head.shard.merged(found)
 
     def _softmax(self, logits: Tensor, first: int, last: int, outputs: tuple[str, ...], out: Tensor | None) -> Tensor:
-        head, labels = self.head, self.labels[first:last]
-        return library.row_softmax(logits, labels, self._transform(first, last), head.span, outputs, out, head.backend)
+        head, labels, transform = self.head, self.labels[first:last], self._transform(first, last)
+        if head.shard is None:
+            return library.row_softmax(logits, labels, transform, head.span, outputs, out, head.backend)
+        # a shard's probabilities wait for the sums of the others: statistics first, then G with c = 1
+        partials = self._stats(logits, first, last, outputs)
+        _, anchors = finish(partials, labels, head.classes, ())
+        unscaled = Coefficients(torch.ones_like(anchors[0]))
+        library.row_grad(logits, labels, transform, head.span, anchors, unscaled, out, head.backend)
+        return partials
 
     def _grad(self, logits: Tensor, first: int, last: int, coefficients: Coefficients) -> Tensor:
         """dL/dx in the compute dtype; overwrites the logits where that is theirs."""
@@ -255,9 +272,9 @@ class Sweep:
         return self.head.transform(None if self.temperatures is None else self.temperatures[first:last])
 
     def _logits_buffer(self, rows: int) -> Tensor:
-        return self.workspace.get("logits", rows, self.head.vocab_size, self.head.accumulation_dtype)
+        return self.workspace.get("logits", rows, self.head.columns, self.head.accumulation_dtype)
 
     def _tile_buffer(self, logits: Tensor) -> Tensor:
         if self.in_place:
             return logits
-        return self.workspace.get("tile", logits.shape[0], self.head.vocab_size, self.head.compute_dtype)
+        return self.workspace.get("tile", logits.shape[0], self.head.columns, self.head.compute_dtype)

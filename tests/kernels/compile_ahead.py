@@ -14,12 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_po.kernels import triton_rows
-from fused_po.kernels.configs import block_and_warps
+from fused_po.kernels import triton_blocks, triton_rows
+from fused_po.kernels.configs import block_and_warps, block_product_config
 
 ARCHITECTURES = (80, 90, 100, 120)
 # logits in, gradient tile out
@@ -29,11 +30,18 @@ KERNELS = {
     "row_stats": triton_rows.row_stats_kernel,
     "row_softmax": triton_rows.row_softmax_kernel,
     "row_grad": triton_rows.row_grad_kernel,
+    "block_mm": triton_blocks.block_mm_kernel,
+    "block_mm_t": triton_blocks.block_mm_t_kernel,
 }
+# 16 bytes at a time, into registers or into shared memory
+WIDE = r"ld\.global[^;]*\.v[48]\.|ld\.global[^;]*\.v2\.b64|cp\.async[^;]*, 0x10"
+PRODUCTS = ("block_mm", "block_mm_t")
 
 
 def variants(kernel: str) -> list[dict[str, bool]]:
     """Everything off and everything on: the second holds the most registers."""
+    if kernel in PRODUCTS:
+        return [{"WIDEN": False}]
     flags = [name for name in KERNELS[kernel].arg_names if name.isupper() and name != "BLOCK"]
     return [dict.fromkeys(flags, value) | ({"HAS_C": True} if "HAS_C" in flags else {}) for value in (False, True)]
 
@@ -41,37 +49,55 @@ def variants(kernel: str) -> list[dict[str, bool]]:
 def signature(kernel: str, elements: tuple[str, str], flags: dict[str, bool]) -> dict[str, str]:
     types = {}
     for name in KERNELS[kernel].arg_names:
-        if name == "labels_ptr":
+        if name.isupper():
+            types[name] = "constexpr"
+        elif name == "labels_ptr":
             types[name] = "*i64"
-        elif name in ("x_ptr", "out_ptr"):
+        elif name in ("lists_ptr", "counts_ptr"):
+            types[name] = "*i32"
+        elif kernel in PRODUCTS and name != "out_ptr":
+            # rows and weight may be stored wider than the tile
+            types[name] = f"*{elements[name == 'tile_ptr']}" if name.endswith("_ptr") else "i32"
+        elif kernel not in PRODUCTS and name in ("x_ptr", "out_ptr"):
             types[name] = f"*{elements[name == 'out_ptr']}"
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
-        elif name in flags or name == "BLOCK":
-            types[name] = "constexpr"
         else:
             types[name] = NUMBERS.get(name, "i32")
     return types
 
 
+def launch(kernel: str, elements: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants and options of a launch as the wrappers make them."""
+    if kernel in PRODUCTS:
+        config = block_product_config(kernel, torch.float32 if elements[1] == "fp32" else torch.bfloat16)
+        sizes = {"GROUP": triton_blocks.GROUP, "WIDTH": triton_blocks.WIDTH, "BLOCK": config.pop("BLOCK")}
+        return sizes, config
+    block, warps = block_and_warps(kernel, 1 << 17)
+    return {"BLOCK": block}, {"num_warps": warps}
+
+
 def compile_one(kernel: str, architecture: int, elements: tuple[str, str], flags: dict[str, bool]) -> dict[str, object]:
     function = KERNELS[kernel]
-    block, warps = block_and_warps(kernel, 1 << 17)
+    constants, options = launch(kernel, elements)
     # pointers and widths divisible by 16, as the launcher finds them for real vocabularies: this is the vectorised code
-    aligned = [i for i, name in enumerate(function.arg_names) if name.endswith(("_ptr", "width", "stride"))]
+    aligned = [
+        i for i, name in enumerate(function.arg_names) if name.endswith(("_ptr", "width", "stride", "vocab", "hidden"))
+    ]
     source = ASTSource(
         function,
         signature(kernel, elements, flags),
-        constexprs={"BLOCK": block, **flags},
+        constexprs={**constants, **flags},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return {
         "kernel": kernel,
         "architecture": architecture,
         "elements": elements,
         "flags": sorted(name for name, on in flags.items() if on),
-        "wide_accesses": len(re.findall(r"ld\.global[^;]*\.v[48]\.|ld\.global[^;]*\.v2\.b64", compiled.asm["ptx"])),
+        "wide_accesses": len(re.findall(WIDE, compiled.asm["ptx"])),
+        "shared": compiled.metadata.shared,
         **resources(compiled.asm["cubin"]),
     }
 

@@ -34,5 +34,11 @@ def test_no_spills(compiled):
     assert [row for row in compiled if row["stack"]] == []
 
 
+def test_shared_memory_is_within_what_a_block_may_have(compiled):
+    """227 KiB on data-center GPUs from Hopper on, 99 KiB on the smallest of the others that run the same code."""
+    limits = {80: 99, 90: 227, 100: 227, 120: 99}
+    assert [row for row in compiled if row["shared"] > limits[row["architecture"]] * 1024] == []
+
+
 def test_rows_are_read_in_16_byte_accesses(compiled):
     assert [row for row in compiled if not row["wide_accesses"]] == []

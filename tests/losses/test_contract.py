@@ -316,7 +316,7 @@ def test_hyperparameters_have_ranges(name, bad):
         (["sigmoid", "sft"], {"loss_weights": [1.0]}, "got 1 for 2"),
         (["sigmoid", "sft"], {"loss_weights": [1.0, float("nan")]}, "must be finite"),
         (["sigmoid", "sft"], {"epsilon": 0.1}, "none of the losses sft, sigmoid has no hyper-parameter epsilon"),
-        ([], {}, "got 0 for 0"),
+        ([], {}, "a list of names that is not empty"),
     ],
 )
 def test_hyperparameters_are_words_that_a_loss_knows(name, bad, message):
@@ -340,3 +340,11 @@ def test_a_loss_of_tokens_weighs_tokens(name):
     """A chunk of single tokens holds no sequence whose weight could be asked for."""
     loss = losses.create(name)
     assert not (loss.horizon == "token" and loss.weighs_sequences)
+
+
+@cases
+def test_terms_without_a_side_are_declared(case):
+    loss = create(case)
+    stats, batch, _ = make_batch(loss, LENGTHS)
+    for _, part in loss.parts:
+        assert part.has_unsided_terms == bool(set(part(stats, batch)) - part.sided)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -139,3 +141,53 @@ def test_a_plan_of_labels_with_other_loss_tokens(fewer):
 def test_token_stats(logits, labels, message):
     with pytest.raises(ValueError, match=message):
         token_stats(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 10.0}, "vocab_size must be a whole number: got 10.0"),
+        ({"vocab_size": True}, "vocab_size must be a whole number: got True"),
+        ({"temperature": "1"}, "temperature must be a number: got '1'"),
+        ({"softcap": "1"}, "softcap must be a number: got '1'"),
+        ({"logit_scale": None}, "logit_scale must be a number: got None"),
+        (
+            {"temperature": torch.ones(2, dtype=torch.complex64)},
+            "temperature must hold real numbers: got torch.complex64",
+        ),
+        ({"ref_logp": torch.ones(2, dtype=torch.complex64)}, "ref_logp must hold real numbers: got torch.complex64"),
+        ({"ref_logp": torch.ones(2, dtype=torch.bool)}, "ref_logp must hold real numbers: got torch.bool"),
+        ({"scratch_bytes": "1GB"}, "scratch_bytes must be a whole number: got '1GB'"),
+        ({"num_items": "3"}, "num_items must be a number: got '3'"),
+        ({"max_dropped_mass": "3"}, "max_dropped_mass must be a number: got '3'"),
+        ({"backend": 3}, "backend must be a name or None: got 3"),
+        ({"plan": "x"}, "plan must come from fused_po.make_plan: got 'x'"),
+    ],
+)
+def test_words_for_values_of_another_kind(options, message):
+    arguments = torch.randn(2, 3, 8), torch.randn(11, 8), torch.zeros(2, 3, dtype=torch.int64)
+    given = {"ref_logp": torch.zeros(2), **options}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_loss(*arguments, losses.create("sigmoid"), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sigmoid", {"beta": "0.1"}, "beta must be a number: got '0.1'"),
+        ("sigmoid", {"beta": torch.tensor(0.1)}, "beta must be a number: got tensor(0.1000)"),
+        ("sigmoid", {"beta": True}, "beta must be a number: got True"),
+        ("sigmoid", {"beta": None}, "beta must be a number: got None"),
+        ("sigmoid", {"ld_alpha": "a"}, "ld_alpha must be a number or None: got 'a'"),
+        ("sigmoid", {"use_weighting": 2}, "use_weighting must be True or False: got 2"),
+        ("dr_grpo", {"max_completion_length": 2.5}, "max_completion_length must be a whole number: got 2.5"),
+        ("cpo", {"loss_type": 1}, "loss_type must be a word: got 1"),
+        (["sigmoid", "sft"], {"beta": "0.1"}, "beta must be a number: got '0.1'"),
+        (["sigmoid"], {"loss_weights": ["a"]}, "loss_weights must be finite numbers: got 'a'"),
+        ([], {}, "a loss is a name, or a list of names that is not empty: got []"),
+        (3, {}, "a loss is a name, or a list of names that is not empty: got 3"),
+    ],
+)
+def test_hyperparameters_of_another_kind(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        losses.create(name, **options)
