@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fused_po.trainers import verl
+from tests.test_distributed import RANKS, on_ranks
 from tests.trainers.verl_modules import DENSE, KERNEL, MEGATRON, TORCH, installed
 
-B, S, H, V = 2, 6, 16, 37
+B, S, H, V = 2, 6, 16, 39
+assert V % RANKS == 0
 SMALL = {
     "vocab_size": V,
     "hidden_size": H,
@@ -108,15 +111,38 @@ def test_linear_cross_entropy_reduces_log_probs_alone(reduction):
 
 def test_linear_cross_entropy_refuses_what_it_can_not_do():
     hidden, weight, labels = tensors()
-    one, two = (SimpleNamespace(size=lambda n=n: n) for n in (1, 2))
-    whole = verl.linear_cross_entropy(hidden, weight, labels, 1.0, "none", one)
+    whole = verl.linear_cross_entropy(hidden, weight, labels, 1.0, "none", SimpleNamespace(size=lambda: 1))
     assert torch.equal(whole[0], verl.linear_cross_entropy(hidden, weight, labels)[0])
-    with pytest.raises(NotImplementedError, match="sharded over 2 tensor-parallel ranks"):
-        verl.linear_cross_entropy(hidden, weight, labels, 1.0, "none", two)
     with pytest.raises(ValueError, match="one of none, sum, mean: got 'max'"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "max")
     with pytest.raises(ValueError, match="labels"):
         verl.linear_cross_entropy(hidden, weight, labels[:, 1:])
+
+
+def tensor_parallel_on_rank(rank):
+    """Megatron's shapes: a shard of the head, hidden states that were gathered, gradients that are summed up."""
+    hidden, weight, labels = tensors()
+    upstream = torch.linspace(-1, 1, B * S, dtype=torch.float64)
+
+    def total(logp, entropy):
+        return (upstream * logp).sum() + (upstream.flip(0) * entropy).sum()
+
+    flat = labels.reshape(-1)
+    whole = truth(hidden.reshape(-1, H) @ weight.t() / 0.7, flat)
+    dh, dw = torch.autograd.grad(total(*whole), (hidden, weight))
+    rows = V // RANKS
+    mine = weight.detach()[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+    found = verl.linear_cross_entropy(hidden, mine, labels, 0.7, "none", dist.group.WORLD)
+    for value, want in zip(found, whole, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-11, atol=1e-12)
+    partial, shard = torch.autograd.grad(total(*found), (hidden, mine))
+    dist.all_reduce(partial)
+    torch.testing.assert_close(partial, dh, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(shard, dw[rank * rows : (rank + 1) * rows], rtol=1e-10, atol=1e-12)
+
+
+def test_a_head_sharded_over_ranks(tmp_path):
+    on_ranks(tensor_parallel_on_rank, tmp_path)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -36,11 +36,13 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, H) or (..., H), flattened.
-        weight: (V, H).
+        weight: (V, H), or this rank's rows of it, of which every rank of the group has as many.
         labels: N of them in any shape, any integer dtype, already shifted; -100 is ignored.
         temperature: of the logits, a number; also (N,) or in the shape of labels.
         reduction: of the log-probs: ``none``, ``sum`` or ``mean``; entropies stay per token, as in verl.
-        dist_process_group: the tensor-parallel group; None, or a group of one.
+        dist_process_group: the tensor-parallel group over which the vocabulary is sharded, all else being the same on
+            its ranks; None or a group of one: the weight is whole. As in verl the gradients of ``hidden`` on the ranks
+            sum up to the whole, which Megatron's gather of a sequence-parallel region does in its backward.
         backend, scratch_bytes: as in ``linear_token_stats``.
 
     Returns:
@@ -48,21 +50,18 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: an unknown reduction, numbers of tokens that differ, or what ``linear_token_stats`` refuses.
-        NotImplementedError: a process group of several ranks: a head that is sharded over them.
     """
     if reduction.lower() not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}: got {reduction!r}")
-    if dist_process_group is not None and dist_process_group.size() > 1:
-        raise NotImplementedError(
-            f"the head is sharded over {dist_process_group.size()} tensor-parallel ranks: fused_po needs it whole, "
-            "tensor_model_parallel_size=1"
-        )
+    options: dict[str, Any] = {"backend": backend, "scratch_bytes": scratch_bytes}
+    ranks = 1 if dist_process_group is None else dist_process_group.size()
+    if ranks > 1:
+        hidden = _Shared.apply(hidden, ranks)
+        options["process_group"] = dist_process_group
     flat = labels.reshape(-1)
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1) if temperature.numel() > 1 else temperature.reshape(1).expand(flat.shape)
-    logp, entropy = _stats(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat, temperature, backend=backend, scratch_bytes=scratch_bytes
-    )
+    logp, entropy = _stats(hidden.reshape(-1, hidden.shape[-1]), weight, flat, temperature, **options)
     if reduction.lower() == "none":
         return logp, entropy
     # means over all tokens, those that are ignored too, as verl divides
@@ -195,6 +194,19 @@ def forward_with_fused_po(
         log_probs=logp,
         entropy=entropy,
     )
+
+
+class _Shared(torch.autograd.Function):
+    """The same hidden states on every rank, whose gradients the caller sums up: each gets its share of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
 
 
 def _stats(

@@ -39,7 +39,7 @@ class Enabled:
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
     """Let verl's actors with ``use_fused_kernels=True`` take log-probs and entropies from ``linear_token_stats``.
 
-    Replaced are ``linear_cross_entropy`` (``impl_backend: triton``, and Megatron's path with a whole head),
+    Replaced are ``linear_cross_entropy`` (``impl_backend: triton``, and Megatron's path),
     ``FusedLinearForPPO`` (``torch`` and ``liger``), and the forward that verl gives to text models, for one that heeds
     bias, softcap and logit scale. Call it in each worker before the actor's model is built: a model that has verl's
     forward already keeps it, and takes its log-probs from here all the same; one that was built meanwhile keeps ours
