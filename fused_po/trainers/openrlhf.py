@@ -85,8 +85,8 @@ def actor_log_probs(
     model finds its own. The auxiliary loss of a mixture of experts is not returned.
 
     Args:
-        model: a causal LM from transformers, wrapped by PEFT or not (``actor.model``). Not one inside DDP, FSDP or
-            ZeRO-3, whose hooks are in the wrapper's forward.
+        model: a causal LM from transformers, wrapped by PEFT or not (``actor.model``). Not one inside DDP or FSDP,
+            whose hooks are in the wrapper's forward: there see ``fused_po.trainers.verl.forward_with_fused_po``.
         sequences: (B, S) int64, prompts and actions.
         action_mask: (B, A), A < S, 0 where one of the last A tokens is no action; None: all tokens but the first.
         attention_mask: (B, S), or None.

@@ -14,6 +14,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from fused_po.trainers import verl
 from tests.test_distributed import RANKS, on_ranks
+from tests.test_model_vision import qwen2_vl
 from tests.trainers.verl_modules import DENSE, KERNEL, MEGATRON, TORCH, installed
 
 B, S, H, V = 2, 6, 16, 39
@@ -191,6 +192,16 @@ def test_forward_with_a_bias_and_what_else_the_model_returns():
     for refused, given in (("return_dict=False", {"input_ids": ids, "return_dict": False}), ("is needed", {})):
         with pytest.raises(ValueError, match=refused):
             verl.forward_with_fused_po(model, **given)
+
+
+def test_forward_passes_images_on():
+    torch.manual_seed(0)
+    model, inputs = qwen2_vl()
+    model = model.double().eval()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    out = verl.forward_with_fused_po(model, **inputs, temperature=0.7, use_cache=False, return_dict=True)
+    wanted = truth(model(**inputs).logits / 0.7, inputs["input_ids"].roll(-1, -1))
+    agree((out.log_probs, out.entropy), wanted, list(model.parameters()))
 
 
 def test_enable_and_disable():

@@ -191,8 +191,9 @@ def forward_with_fused_po(
         past_key_values=found.get("past_key_values"),
         hidden_states=found.get("hidden_states"),
         attentions=found.get("attentions"),
-        log_probs=logp,
-        entropy=entropy,
+        # an operation in place on a view would drop the hook that FSDP2 puts on an output
+        log_probs=logp.clone(),
+        entropy=entropy.clone(),
     )
 
 
