@@ -96,6 +96,57 @@ def policy_losses() -> bool:
     return fine
 
 
+def actor_step() -> bool:
+    """verl's ``ppo_loss`` on a packed batch, entropy and KL terms added: from its head and loss, then from ours."""
+    from tensordict import TensorDict
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.workers.config import ActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    torch.manual_seed(3)
+    prompts, responses = torch.tensor([3, 5, 2, 4]), torch.tensor([7, 1, 9, 4])
+    longest, total = int(responses.max()), int((prompts + responses).sum())
+    hidden, weight = torch.randn(total, H), torch.randn(V, H) * 3 / H**0.5
+    labels = torch.randint(0, V, (total,))
+    given = {name: torch.randn(4, longest) * 0.3 for name in ("advantages", "old_log_probs", "ref_log_prob")}
+    mask = torch.arange(longest) < responses[:, None]
+    attention = torch.cat([torch.arange(int(prompts.max())) < prompts[:, None], mask], 1).long()
+    found = []
+    for head, name in ((FusedLinearForPPO(), "vanilla"), (ours.FusedLinearForPPO(), "fused_po_vanilla")):
+        config = ActorConfig(
+            strategy="fsdp",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=1,
+            clip_ratio_high=0.28,
+            entropy_coeff=0.01,
+            use_kl_loss=True,
+            kl_loss_coef=0.1,
+        )
+        object.__setattr__(config.policy_loss, "loss_mode", name)
+        leaves = [one.clone().requires_grad_() for one in (hidden, weight)]
+        logp, entropy = head(*leaves, labels, 0.9)
+        data = TensorDict(
+            {
+                "prompts": torch.zeros(4, int(prompts.max()), dtype=torch.long),
+                "responses": torch.zeros(4, longest, dtype=torch.long),
+                "attention_mask": attention,
+                "response_mask": mask,
+                **given,
+                "old_log_probs": given["old_log_probs"] - 6.0,
+                "ref_log_prob": given["ref_log_prob"] - 6.0,
+            },
+            batch_size=4,
+        )
+        for key, value in (("dp_size", 2), ("batch_num_tokens", 50), ("global_batch_size", 9)):
+            data.set_non_tensor(key, value)
+        loss, metrics = ppo_loss(config, {"log_probs": logp, "entropy": entropy}, data)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves), set(metrics)))
+    fine = found[0][-1] == found[1][-1]
+    for name, want, mine in zip(("loss", "dH", "dW"), *(one[:3] for one in found), strict=True):
+        fine &= report(f"ppo_loss of a packed batch: {name}", apart(mine, want), 2e-6)
+    return fine
+
+
 def log_probs(dtype: torch.dtype, temperature: float) -> bool:
     """verl's torch backend and ours, both against float64: ours may be twice as far off at most."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -151,9 +202,5 @@ def enabled() -> bool:
 
 
 if __name__ == "__main__":
-    results = [
-        policy_losses(),
-        *(log_probs(d, t) for d in (torch.float32, torch.bfloat16) for t in (1.0, 0.7)),
-        enabled(),
-    ]
-    sys.exit(not all(results))
+    settings = [(dtype, temperature) for dtype in (torch.float32, torch.bfloat16) for temperature in (1.0, 0.7)]
+    sys.exit(not all([policy_losses(), actor_step(), *(log_probs(*one) for one in settings), enabled()]))
