@@ -11,6 +11,7 @@ from fused_po import Split, losses, stats_loss
 from fused_po.diagnostics import Examples, learning_dynamics
 from tests.losses.cases import create
 from tests.test_alignment import Policy, examples, stats_of
+from tests.test_checkpoints import DATA, LOSS, tiny
 
 
 def dynamics(loss, batches=None, **options):
@@ -83,9 +84,19 @@ def test_bad_input_is_refused():
     data = examples(loss, 1)
     with pytest.raises(ValueError, match="bins must be at least 1"):
         dynamics(loss, [data], bins=0)
-    with pytest.raises(ValueError, match="hold no loss token"):
+    with pytest.raises(ValueError, match="holds no loss token"):
         dynamics(loss, [Examples(data.inputs, torch.full_like(data.labels, -100), data.side_inputs)])
     with pytest.raises(ValueError, match="ref_logp"):
         dynamics(loss, [Examples(data.inputs, data.labels)])
     with pytest.raises(ValueError, match="requires a gradient"):
         learning_dynamics(Policy().requires_grad_(False), [data], loss, stats=stats_of)
+
+
+def test_halves_are_summed_in_single_precision():
+    """The same batch many times over has the gradient of one."""
+    model, batches, loss = tiny(0).bfloat16(), DATA[:1], LOSS
+    once = learning_dynamics(model, batches, loss)
+    often = learning_dynamics(model, batches * 300, loss)
+    for side, length in once.offset_norms.items():
+        assert often.offset_norms[side] == pytest.approx(length, rel=1e-2)
+    assert often.offset_cosine == pytest.approx(once.offset_cosine, abs=1e-2)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fused_po.diagnostics.parts import Examples, StatsOf, gradients, norm, take_apart
+from fused_po.diagnostics.parts import (
+    Examples,
+    StatsOf,
+    accumulators,
+    gradients,
+    norm,
+    require_loss_tokens,
+    take_apart,
+)
 from fused_po.losses.contract import Loss
 from fused_po.stats import Stats
 from fused_po.trainers.model import token_stats_of
@@ -95,8 +103,7 @@ def gradient_alignment(
     if step is not None and not step > 0:
         raise ValueError(f"step must be above 0: got {step}")
     for name, given in (("target (D')", target), ("batches (D)", batches)):
-        if not any(bool((examples.labels >= 0).any()) for examples in given):
-            raise ValueError(f"{name} holds no loss token")
+        require_loss_tokens(name, given)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient")
@@ -125,9 +132,7 @@ def _target_gradient(
     labels = [examples.labels for examples in target]
     counted = (one >= 0 if reduction == "token" else (one >= 0).any(-1) for one in labels)
     count = sum(int(one.sum()) for one in counted)
-    total = {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
-    }
+    total = accumulators(parameters)
     for examples in target:
         try:
             logp = stats(model, examples.inputs, examples.labels, ("logp",)).logp

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fused_po.diagnostics.alignment import gradient_alignment
-from fused_po.diagnostics.parts import Examples
+from fused_po.diagnostics.parts import Examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
 __all__ = ["GradientAlignmentCallback"]
@@ -16,6 +16,11 @@ __all__ = ["GradientAlignmentCallback"]
 
 class GradientAlignmentCallback(TrainerCallback):
     """Measures G on fixed examples every few steps and logs it as ``G/whole``, ``G/positive``, ``G/negative``, ...
+
+    ``GradientAlignmentCallback(...).attach(trainer)`` shows it to all that read a trainer's log. A trainer's
+    ``callbacks=[...]`` comes after its reporters (TensorBoard, W&B), and these then see nothing of it; ``history`` and
+    ``state.log_history`` hold it either way. Every measured step is logged, whatever ``logging_steps``; step 0, before
+    training, in the two histories only.
 
     D' are answers of the final model; while that is still in training, answers of an earlier run's final model, or of
     the model that the training should lead to. The model must be whole on each rank (one GPU, DDP): under FSDP or
@@ -50,19 +55,28 @@ class GradientAlignmentCallback(TrainerCallback):
             raise ValueError(f"every must be at least 1: got {every}")
         for examples in batches:
             loss.check(frozenset(examples.side_inputs))
-        if not any(bool((examples.labels >= 0).any()) for examples in target):
-            raise ValueError("target (D') holds no loss token")
+        require_loss_tokens("target (D')", target)
         self._batches, self._loss, self._target = batches, loss, target
         self._every, self._parts, self._options = every, tuple(parts), options
         self.history: list[tuple[int, dict[str, float]]] = []
         self._waiting: dict[str, float] = {}
 
+    def attach(self, trainer: Any) -> GradientAlignmentCallback:
+        """Take the first place among the callbacks of a ``Trainer``, ahead of its reporters; returns itself."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(other for other in callbacks if other is not self)]
+        return self
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._measure(state.global_step, model)
+        # of a run that is resumed, this step has been measured
+        if state.global_step == 0:
+            numbers = self._measure(0, model)
+            state.log_history.append({**numbers, "step": 0})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self._every == 0:
-            self._measure(state.global_step, model)
+            self._waiting = self._measure(state.global_step, model)
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         for entry in (logs, state.log_history[-1] if state.log_history else None):
@@ -70,7 +84,7 @@ class GradientAlignmentCallback(TrainerCallback):
                 entry.update(self._waiting)
         self._waiting = {}
 
-    def _measure(self, step: int, model: Any) -> None:
+    def _measure(self, step: int, model: Any) -> dict[str, float]:
         # DistributedDataParallel keeps the model in .module
         model = getattr(model, "module", model)
         training = model.training
@@ -81,4 +95,4 @@ class GradientAlignmentCallback(TrainerCallback):
             model.train(training)
         numbers = {part: found[part] for part in self._parts}
         self.history.append((step, numbers))
-        self._waiting = {f"G/{part}": value for part, value in numbers.items()}
+        return {f"G/{part}": value for part, value in numbers.items()}

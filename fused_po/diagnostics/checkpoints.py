@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fused_po.diagnostics.alignment import Alignment, gradient_alignment
-from fused_po.diagnostics.parts import Examples
+from fused_po.diagnostics.parts import Examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
 __all__ = ["alignment_over_checkpoints", "check_checkpoints"]
@@ -48,9 +48,8 @@ def alignment_over_checkpoints(
     """
     folders = [Path(folder) for folder in checkpoints]
     vocab_size = check_checkpoints(folders, tokenizer)
+    require_loss_tokens("target (D')", target)
     labels = [examples.labels for examples in target]
-    if not any(bool((one >= 0).any()) for one in labels):
-        raise ValueError("target (D') holds no loss token")
     largest = max(int(one.max()) for one in labels)
     if largest >= vocab_size:
         raise ValueError(f"target (D') holds token {largest}, the model has {vocab_size}: another tokenizer's?")

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fused_po.diagnostics.parts import Examples, StatsOf, gradients, norm, take_apart
+from fused_po.diagnostics.parts import (
+    Examples,
+    StatsOf,
+    accumulators,
+    gradients,
+    norm,
+    require_loss_tokens,
+    take_apart,
+)
 from fused_po.losses.contract import Loss
 from fused_po.trainers.model import token_stats_of
 
@@ -95,14 +103,13 @@ def learning_dynamics(
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1: got {bins}")
-    if not any(bool((examples.labels >= 0).any()) for examples in batches):
-        raise ValueError("batches hold no loss token")
+    require_loss_tokens("batches (D)", batches)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient")
     rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     answers: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    sums = {side: {name: torch.zeros_like(p) for name, p in parameters.items()} for side in SIDES}
+    sums = {side: accumulators(parameters) for side in SIDES}
     for examples in batches:
         taken = take_apart(model, examples, loss, stats, also=("max_logp", "is_top1"))
         c, (logp, max_logp, top1) = (

@@ -18,7 +18,18 @@ from fused_po.ops.planning import make_plan
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
-__all__ = ["FLAT", "PARTS", "Examples", "StatsOf", "Taken", "gradients", "norm", "take_apart"]
+__all__ = [
+    "FLAT",
+    "PARTS",
+    "Examples",
+    "StatsOf",
+    "Taken",
+    "accumulators",
+    "gradients",
+    "norm",
+    "require_loss_tokens",
+    "take_apart",
+]
 
 PARTS = ("whole", "positive", "negative", "rest", "top", "middle", "bottom")
 FLAT = "/no_reweighting"
@@ -117,6 +128,19 @@ def gradients(value: Tensor, parameters: Mapping[str, Tensor], keep: bool = Fals
     found = torch.autograd.grad(value, list(parameters.values()), retain_graph=keep, allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+
+
+def accumulators(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros to add gradients to, in float32 at least: a half loses what is added to a large sum."""
+    return {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
+    }
+
+
+def require_loss_tokens(name: str, batches: Iterable[Examples]) -> None:
+    """Raise ValueError where no label of any batch counts."""
+    if not any(bool((examples.labels >= 0).any()) for examples in batches):
+        raise ValueError(f"{name} holds no loss token")
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_po.ops.checks import IGNORE
+
 __all__ = [
-    "IGNORE",
     "AnswerBatch",
     "PreferenceError",
     "Preferences",
@@ -23,7 +24,6 @@ __all__ = [
     "pad_answers",
 ]
 
-IGNORE = -100
 _KEYS = ("prompt", "chosen", "rejected")
 
 

@@ -259,3 +259,37 @@ def test_memory_stays_within_its_budget(case):
     # numbers per token, of which there are 2048
     small = 1 << 20
     assert peak - gradients - accumulator <= scratch + small
+
+
+@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN], ids=["trained", "frozen"])
+def test_rows_without_advantage_are_found(frozen):
+    problem = Problem(create("dapo"), frozen)
+    problem.side_inputs["advantage"][:3] = 0.0
+    problem.check(problem.run(scratch_bytes=PLENTY).loss, problem.plain)
+    # with a plan nothing is looked for, and the result is the same
+    problem.check(problem.run(scratch_bytes=PLENTY, plan=make_plan(problem.labels)).loss, problem.plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scratch", [0, PLENTY])
+def test_no_row_loses_more_than_it_may(scratch, dtype):
+    """The head is the identity: dH is the gradient tile."""
+    tau, vocab = 1e-2, 2048
+    logits = torch.randn(4, 100, vocab, device=DEVICE)
+    logits.scatter_(2, torch.randint(vocab, (4, 100, 4), device=DEVICE), 16.0)
+    labels = torch.randint(vocab, (4, 100), device=DEVICE)
+    hidden, weight = logits.to(dtype).requires_grad_(), torch.eye(vocab, device=DEVICE, dtype=dtype).requires_grad_()
+
+    def gradients(share: float) -> list[Tensor]:
+        loss, reference = losses.create("sigmoid"), torch.full((4,), -900.0, device=DEVICE)
+        out = linear_loss(
+            hidden, weight, labels, loss, ref_logp=reference, max_dropped_mass=share, scratch_bytes=scratch
+        )
+        return [g.double() for g in torch.autograd.grad(out.loss, [hidden, weight])]
+
+    (dh, dw), (exact_dh, exact_dw) = gradients(tau), gradients(0.0)
+    mass = exact_dh.abs().sum(2)
+    lost = (dh - exact_dh).abs().sum(2)
+    assert bool((lost <= (tau + 4 * torch.finfo(dtype).eps) * mass).all())
+    assert float((dh == 0).double().mean()) > float((exact_dh == 0).double().mean())
+    assert float((dw - exact_dw).norm() / exact_dw.norm()) < 10 * tau
