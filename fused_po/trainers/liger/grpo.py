@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_po import losses
 from fused_po.ops import linear_loss, linear_token_stats
-from fused_po.trainers.liger.pairs import IGNORE
+from fused_po.ops.checks import IGNORE
 
 __all__ = ["LigerFusedLinearGRPOLoss"]
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fused_po import losses
 from fused_po.ops import linear_loss
-from fused_po.trainers.liger.pairs import IGNORE, Outputs, reference_logp
+from fused_po.ops.checks import IGNORE
+from fused_po.trainers.liger.pairs import Outputs, reference_logp
 
 __all__ = ["LigerFusedLinearKTOLoss"]
 

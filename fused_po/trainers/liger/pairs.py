@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fused_po import losses
 from fused_po.losses import Loss
 from fused_po.ops import linear_loss, linear_token_stats
+from fused_po.ops.checks import IGNORE
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -19,8 +20,6 @@ __all__ = [
     "LigerFusedLinearSimPOLoss",
     "reference_logp",
 ]
-
-IGNORE = -100
 
 # chosen and rejected log-probs (P,), their mean logits (), the NLL (), then chosen and rejected rewards (P,)
 Outputs = tuple[Tensor, ...]

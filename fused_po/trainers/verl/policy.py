@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_po import losses
 from fused_po.losses.policy import Aggregated, PolicyLoss
 from fused_po.ops import stats_loss
+from fused_po.ops.checks import IGNORE
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
@@ -168,7 +169,7 @@ class PolicyLossFunction:
         # what stands in for the entropy, which verl measures itself, lets the other metrics be computed
         stats = Stats(logp=log_prob, entropy=torch.zeros_like(log_prob))
         split = self.split if self.split is None or isinstance(self.split, Split) else self.split()
-        out = stats_loss(stats, torch.where(mask, 0, -100), loss, split=split, **inputs)
+        out = stats_loss(stats, torch.where(mask, 0, IGNORE), loss, split=split, **inputs)
         drift = torch.where(mask, log_prob.detach() - old_log_prob, 0.0)
         return out.loss, _metrics(out.metrics, drift, advantages < 0, mask, getattr(loss, "dual_clip", None))
 
