@@ -1,12 +1,4 @@
-"""Liger's fused linear preference losses by their own names and arguments, on ``linear_loss``.
-
-A class here takes what the class of the same name in ``liger_kernel.chunked_loss`` (0.8) takes and returns what it
-returns::
-
-    from fused_po.trainers.liger import LigerFusedLinearDPOLoss  # was: from liger_kernel.chunked_loss import ...
-
-    loss, outputs = LigerFusedLinearDPOLoss(beta=0.1)(weight, hidden, target, ref_input=..., ref_weight=...)
-"""
+"""Liger's preference losses of pairs on ``linear_loss``: DPO, SimPO, CPO and ORPO."""
 
 from __future__ import annotations
 
@@ -19,18 +11,38 @@ from torch import Tensor, nn
 from fused_po import losses
 from fused_po.losses import Loss
 from fused_po.ops import linear_loss, linear_token_stats
+from fused_po.ops.checks import IGNORE
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
+    "reference_logp",
 ]
-
-IGNORE = -100
 
 # chosen and rejected log-probs (P,), their mean logits (), the NLL (), then chosen and rejected rewards (P,)
 Outputs = tuple[Tensor, ...]
+
+
+def reference_logp(hidden: Tensor | None, weight: Tensor | None, labels: Tensor, bias: Tensor | None) -> Tensor:
+    """The reference's log-prob of each sequence, (B,) float64, without gradient.
+
+    Args:
+        hidden: (B, S, H).
+        weight: (V, H).
+        labels: (B, S), -100 ignored.
+        bias: (V,) or None.
+
+    Raises:
+        ValueError: hidden states or weight are missing.
+    """
+    if hidden is None or weight is None:
+        raise ValueError("use_ref_model=True needs ref_input and ref_weight")
+    with torch.no_grad():
+        found = linear_token_stats(hidden, weight, labels, bias=bias).logp
+    assert found is not None
+    return found.double().sum(1)
 
 
 class _PreferenceLoss(nn.Module):
@@ -135,14 +147,9 @@ class LigerFusedLinearDPOLoss(_PreferenceLoss):
         """The loss and the outputs of Liger's class of the same name."""
         if not self.use_ref_model:
             reference = _input.new_zeros(target.shape[0], dtype=torch.float32)
-        elif ref_input is None or ref_weight is None:
-            raise ValueError("use_ref_model=True needs ref_input and ref_weight")
         else:
             labels = target.masked_fill(target == self.ignore_index, IGNORE)
-            with torch.no_grad():
-                found = linear_token_stats(ref_input, ref_weight, labels, bias=ref_bias).logp
-            assert found is not None
-            reference = found.double().sum(1)
+            reference = reference_logp(ref_input, ref_weight, labels, ref_bias)
         loss, outputs = self._run(lin_weight, _input, target, bias, ref_logp=reference)
         chosen, rejected = reference.to(outputs[0].dtype).chunk(2)
         rewards = self.beta * (outputs[0] - chosen), self.beta * (outputs[1] - rejected)
