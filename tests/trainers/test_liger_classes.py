@@ -79,6 +79,8 @@ def test_another_ignore_index():
         (lambda: liger.LigerFusedLinearCPOLoss(average_log_prob=True), "gamma=0"),
         (lambda: liger.LigerFusedLinearORPOLoss(compute_nll_loss=False), "odds ratio"),
         (lambda: liger.LigerFusedLinearDPOLoss(loss_type="unheard"), "unheard"),
+        (lambda: liger.LigerFusedLinearDPOLoss(loss_type="aot", label_smoothing=0.1), "which Liger has: got 'aot'"),
+        (lambda: liger.LigerFusedLinearDPOLoss(loss_type="conservative", label_smoothing=0.4), "which Liger has"),
     ],
 )
 def test_what_is_not_here_is_refused(make, message):
@@ -90,3 +92,18 @@ def test_a_missing_reference_is_refused():
     problem = HeadProblem(0)
     with pytest.raises(ValueError, match="needs ref_input and ref_weight"):
         liger.LigerFusedLinearDPOLoss()(problem.weight, problem.hidden, problem.labels)
+
+
+def test_an_nll_over_fewer_tokens_than_the_answers_is_refused():
+    weight, hidden = torch.randn(11, 8), torch.randn(2, 4, 8)
+    target = torch.randint(11, (2, 4))
+    nll_target = target.clone()
+    nll_target[0, 2] = -100
+    with pytest.raises(ValueError, match="nll_target must have the labels of target"):
+        liger.LigerFusedLinearORPOLoss()(weight, hidden, target, nll_target=nll_target)
+    # the rejected half has no NLL
+    nll_target = target.clone()
+    nll_target[1] = -100
+    loss, _ = liger.LigerFusedLinearORPOLoss()(weight, hidden, target, nll_target=nll_target)
+    same, _ = liger.LigerFusedLinearORPOLoss()(weight, hidden, target)
+    torch.testing.assert_close(loss, same)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_po import losses
 from fused_po.losses import Loss
 from fused_po.ops import linear_loss, linear_token_stats
-from fused_po.ops.checks import IGNORE
+from fused_po.ops.checks import IGNORE, looks_at
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -95,6 +95,13 @@ class _PreferenceLoss(nn.Module):
         return out.loss, outputs
 
 
+# of Liger's class; others by losses.create, which has more of them
+DPO_TYPES = (
+    *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair"),
+    *("sppo_hard", "apo_zero", "apo_down", "discopop"),
+)
+
+
 class LigerFusedLinearDPOLoss(_PreferenceLoss):
     """DPO and nine of its relatives; the reference's log-probs are made here, without gradient.
 
@@ -104,7 +111,8 @@ class LigerFusedLinearDPOLoss(_PreferenceLoss):
         average_log_prob: False; True is refused, ``losses.create("sigmoid_norm")`` is that loss.
 
     Raises:
-        ValueError: ``average_log_prob=True``, or hyper-parameters that the loss refuses.
+        ValueError: ``average_log_prob=True``, a ``loss_type`` that Liger has not, or hyper-parameters that the loss
+            refuses.
     """
 
     def __init__(
@@ -123,6 +131,8 @@ class LigerFusedLinearDPOLoss(_PreferenceLoss):
     ) -> None:
         if average_log_prob:
             raise ValueError("average_log_prob=True is not here: losses.create('sigmoid_norm') is DPO on means")
+        if loss_type not in DPO_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(DPO_TYPES)}, which Liger has: got {loss_type!r}")
         known = {
             "label_smoothing": label_smoothing if loss_type in ("robust", "exo_pair") else None,
             "discopop_tau": discopop_tau if loss_type == "discopop" else None,
@@ -240,9 +250,16 @@ class LigerFusedLinearORPOLoss(_PreferenceLoss):
 
         Args:
             nll_target: (2P, S), labels of the NLL, those of the prompts among them; None: ``target``.
+
+        Raises:
+            ValueError: ``nll_target`` ignores a token of an answer, or has another label there; noticed on a CPU, or
+                with ``FUSED_PO_CHECK=1``.
         """
         given: dict[str, Tensor] = {}
         if nll_target is not None:
+            half = target.shape[0] // 2
+            if looks_at(target) and bool(((target != nll_target) & (target != self.ignore_index))[:half].any()):
+                raise ValueError("nll_target must have the labels of target where that has any: the NLL is over both")
             labels = torch.where(target != self.ignore_index, target, nll_target)
             labels = labels.masked_fill(labels == self.ignore_index, IGNORE)
             given = {"nll_labels": labels, "nll_mask": (labels != IGNORE) & (target == self.ignore_index)}
