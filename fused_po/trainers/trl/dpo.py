@@ -10,7 +10,8 @@ from trl import DPOTrainer
 
 from fused_po import losses
 from fused_po.splits import Split
-from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted, through
+from fused_po.trainers.trl import hook
+from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
 
 __all__ = ["FusedDPOTrainer"]
 
@@ -31,7 +32,7 @@ class FusedDPOTrainer(SplitOverTraining, DPOTrainer):
         self.split = split
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        with through():
+        with hook.enabled():
             inputs = {**inputs, **self._reference(inputs)}
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)[:, 1:]
             reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])

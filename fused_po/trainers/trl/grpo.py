@@ -10,7 +10,8 @@ from trl import GRPOTrainer
 
 from fused_po import losses
 from fused_po.splits import Split
-from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted, through
+from fused_po.trainers.trl import hook
+from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
 
 __all__ = ["FusedGRPOTrainer"]
 
@@ -38,7 +39,7 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
         self.split = split
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        with through():
+        with hook.enabled():
             several = self.top_entropy_quantile < 1.0 and self.accelerator.num_processes > 1
             if "tool_mask" in inputs or several:
                 if self.split is not None:

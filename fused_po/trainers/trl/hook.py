@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from types import TracebackType
@@ -15,7 +15,7 @@ from fused_po.ops import linear_token_stats
 from fused_po.stats import Stats
 from fused_po.trainers.trl.older import EXPERIMENTAL, METHODS, Patches
 
-__all__ = ["Enabled", "FusedLogProbs", "calls", "disable", "enable", "is_enabled"]
+__all__ = ["Enabled", "FusedLogProbs", "calls", "disable", "enable", "enabled", "is_enabled"]
 
 NAME = "_ChunkedLogProbFunction"
 GATHER = "maybe_gather_lm_head_ctx"
@@ -126,12 +126,13 @@ class _State:
     def count(self) -> None:
         self.calls += 1
 
-    def install(self) -> None:
+    def install(self, on_logits: bool = True) -> None:
         found, utils = _installed()
         one_place = found >= FIRST and all(hasattr(utils, name) for name in (NAME, GATHER))
         trainers = EXPERIMENTAL if one_place else tuple(METHODS)
-        self.patches = Patches(trainers, self.options, self.count)
-        self.patches.install()
+        if on_logits:
+            self.patches = Patches(trainers, self.options, self.count)
+            self.patches.install()
         if one_place:
             self.original = getattr(utils, NAME)
             setattr(utils, NAME, FusedLogProbs(self.count, getattr(utils, GATHER), **self.options))
@@ -170,6 +171,21 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
     made.install()
     _state = made
     return Enabled(before)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """The one place within, whether or not it is enabled outside, whose options then count."""
+    global _state
+    if _state is not None:
+        yield
+        return
+    _state = _State({"backend": None, "scratch_bytes": None})
+    _state.install(on_logits=False)
+    try:
+        yield
+    finally:
+        disable()
 
 
 def disable() -> None:

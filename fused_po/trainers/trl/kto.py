@@ -9,7 +9,8 @@ from trl import KTOTrainer
 
 from fused_po import losses
 from fused_po.splits import Split
-from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, through
+from fused_po.trainers.trl import hook
+from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining
 
 __all__ = ["FusedKTOTrainer"]
 
@@ -26,12 +27,16 @@ class FusedKTOTrainer(SplitOverTraining, KTOTrainer):
             follow the steps of the training. None: the loss itself. The reported loss is that of the loss itself.
     """
 
+    # of TRL's trainer
+    _is_vision_dataset: bool
+    _compute_kl_logps: Any
+
     def __init__(self, *args: Any, split: Split | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.split = split
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        with through():
+        with hook.enabled():
             # TRL makes the reference's log-probs of images inside its own loss alone
             if self._is_vision_dataset and not self.precompute_ref_logps:
                 if self.split is not None:

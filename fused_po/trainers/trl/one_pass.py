@@ -7,8 +7,7 @@ that hooks of DDP, FSDP, ZeRO and autocast fire. It reaches the model through th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
@@ -23,7 +22,7 @@ from fused_po.splits import Split
 from fused_po.stats import Stats
 from fused_po.trainers.trl import hook
 
-__all__ = ["OnePass", "Policy", "SplitOverTraining", "accepted", "through"]
+__all__ = ["OnePass", "Policy", "SplitOverTraining", "accepted"]
 
 IGNORE = -100
 
@@ -147,23 +146,11 @@ class SplitOverTraining:
     # of TRL's trainers
     state: Any
     precompute_ref_logps: bool
-    _is_vision_dataset: bool
-    _compute_kl_logps: Any
 
     def split_now(self) -> Split | None:
         if self.split is None:
             return None
         return self.split.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
-
-
-@contextmanager
-def through(backend: str | None = None, scratch_bytes: int | None = None) -> Iterator[None]:
-    """The fused path within, whether or not it is enabled outside."""
-    if hook.is_enabled():
-        yield
-        return
-    with hook.enable(backend=backend, scratch_bytes=scratch_bytes):
-        yield
 
 
 def accepted(names: list[str], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
