@@ -1,32 +1,82 @@
-"""Block sizes and warps of the Triton kernels: a table, not a search at import."""
+"""Block sizes and warps of the Triton kernels: a table, not a search at import.
+
+``configs.json`` holds them by architecture; ``bench.tune`` measures candidates on a GPU and writes its entry.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 
-__all__ = ["block_and_warps", "block_product_config", "launch_config"]
+__all__ = ["TABLE", "architecture", "block_and_warps", "block_product_config", "launch_config", "override"]
 
-# columns at a time and warps: 8 or 16 elements a thread, in 16-byte accesses; row_softmax holds more and would spill
-# at 16
-_CONFIGS: dict[str, tuple[int, int]] = {"row_stats": (4096, 8), "row_softmax": (2048, 8), "row_grad": (4096, 8)}
+TABLE = Path(__file__).with_suffix(".json")
+
+Config = dict[str, int]
+
+_overrides: dict[str, Config] = {}
 
 
-def block_and_warps(kernel: str, width: int) -> tuple[int, int]:
-    """Columns at a time, a power of two, and warps of a launch over rows of ``width`` columns."""
-    block, warps = _CONFIGS[kernel]
+def architecture(device: torch.device) -> str:
+    """``sm_90`` and the like; ``default`` where there is no CUDA GPU."""
+    return "default" if device.type != "cuda" else _architecture(device.index)
+
+
+@lru_cache
+def _architecture(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@lru_cache
+def _table() -> dict[str, dict[str, Config]]:
+    found: dict[str, dict[str, Config]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+def block_and_warps(kernel: str, width: int, name: str = "default") -> tuple[int, int]:
+    """Columns at a time, a power of two, and warps of a launch over rows of ``width`` columns.
+
+    8 or 16 elements a thread, in 16-byte accesses, where nothing was measured; ``row_softmax`` holds more and would
+    spill at 16.
+
+    Args:
+        name: the architecture.
+    """
+    table = _table()
+    config = _overrides.get(kernel) or table.get(name, {}).get(kernel) or table["default"][kernel]
+    block, warps = config["BLOCK"], config["num_warps"]
     needed = max(64, 1 << (max(width, 1) - 1).bit_length())
     if needed >= block:
         return block, warps
     return needed, max(1, min(warps, needed // 256))
 
 
-def launch_config(kernel: str, width: int) -> dict[str, int]:
+def launch_config(kernel: str, width: int, device: torch.device) -> Config:
     """The same as keyword arguments of a launch."""
-    block, warps = block_and_warps(kernel, width)
+    block, warps = block_and_warps(kernel, width, architecture(device))
     return {"BLOCK": block, "num_warps": warps}
 
 
-def block_product_config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+@contextmanager
+def override(kernel: str, config: Config) -> Iterator[None]:
+    """Another configuration within, for tuning."""
+    before = _overrides.get(kernel)
+    _overrides[kernel] = config
+    try:
+        yield
+    finally:
+        _overrides.pop(kernel)
+        if before is not None:
+            _overrides[kernel] = before
+
+
+def block_product_config(kernel: str, dtype: torch.dtype) -> Config:
     """Columns of H at a time, warps and stages of a product of kept blocks; float32 operands are twice as wide and go
     without tensor cores.
     """

@@ -1,9 +1,12 @@
 """The kernels in plain PyTorch: the truth that the other backends are tested against, and the CPU path.
 
-Rows are taken in blocks small enough for the cache, so that the passes over a row read it from there.
+Rows are taken in blocks small enough for the cache, so that the passes over a row read it from there. All blocks of a
+call share their buffers: fresh memory costs a page fault for every 4 KiB, which is more than the arithmetic.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, a
 
 __all__ = ["row_grad", "row_softmax", "row_stats", "unsupported"]
 
-# elements of a block: 8 rows of a 32k vocabulary are 1 MiB in float32
-BLOCK_ELEMENTS = 1 << 18
+# elements of a block: 16 rows of a 32k vocabulary are 2 MiB in float32
+BLOCK_ELEMENTS = 1 << 19
 
 
 def unsupported(kernel: str, x: Tensor) -> str | None:
@@ -24,9 +27,10 @@ def unsupported(kernel: str, x: Tensor) -> str | None:
 def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]) -> Tensor:
     """Partial statistics of each row, see ``contract``."""
     partials = _new_partials(x)
+    buffers = _Buffers(x, span.width)
     for rows in _blocks(x):
-        z, _ = _logits(x[rows, : span.width], transform, rows, keep_slope=False)
-        partials[:, rows] = _sweep(z, labels[rows] - span.start, outputs)
+        z, _ = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=False)
+        partials[:, rows] = _sweep(z, labels[rows] - span.start, outputs, buffers)
     return partials
 
 
@@ -35,10 +39,11 @@ def row_softmax(
 ) -> Tensor:
     """Partial statistics, and ``out <- (1[v = y] - p) J``, see ``contract``."""
     partials = _new_partials(x)
+    buffers = _Buffers(x, span.width, out)
     for rows in _blocks(x):
         local = labels[rows] - span.start  # (R,)
-        z, slope = _logits(x[rows, : span.width], transform, rows, keep_slope=True)
-        found = _sweep(z, local, outputs)
+        z, slope = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=True)
+        found = _sweep(z, local, outputs, buffers)
         partials[:, rows] = found
         top, total, target = found[:3]  # (R,) each
         margin = (top - target) + total.log()
@@ -66,15 +71,16 @@ def row_grad(
 
     ``dL/dz_v = c (1[v = y] - p_v) - e p_v (log p_v + entropy) + l p_v`` and ``dL/dx = J dL/dz``.
     """
+    buffers = _Buffers(x, span.width, out)
     for rows in _blocks(x):
         local = labels[rows] - span.start  # (R,)
         here = (local >= 0) & (local < span.width)
         column = local.clamp(0, span.width - 1).unsqueeze(1)
-        z, slope = _logits(x[rows, : span.width], transform, rows, keep_slope=True)
+        z, slope = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=True)
         own, shift, gap, entropy = anchors[:, rows]  # (R,) each
         log_p = z.sub_(shift.unsqueeze(1)).add_(gap.unsqueeze(1))
         log_p.scatter_(1, column, torch.where(here, own, log_p.gather(1, column).squeeze(1)).unsqueeze(1))
-        p = log_p.exp()
+        p = torch.exp(log_p, out=buffers.second[: z.shape[0]])
         factor = torch.zeros_like(own)
         if coefficients.lse is not None:
             factor = factor + coefficients.lse[rows]
@@ -85,7 +91,7 @@ def row_grad(
         else:
             e = coefficients.entropy[rows]
             # p log p is 0 where p is
-            log_p.masked_fill_(p == 0, 0.0)
+            log_p.masked_fill_(torch.eq(p, 0, out=buffers.mask[: z.shape[0]]), 0.0)
             bracket = log_p.add_(entropy.unsqueeze(1)).mul_(e.neg().unsqueeze(1))
             grad = bracket.add_(factor.unsqueeze(1)).mul_(p)
         if coefficients.logp is not None:
@@ -106,12 +112,46 @@ def _new_partials(x: Tensor) -> Tensor:
     return torch.empty(len(PARTIALS), x.shape[0], dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def _logits(x: Tensor, transform: Transform, rows: slice, keep_slope: bool) -> tuple[Tensor, Tensor | float | None]:
-    """A fresh block of logits z (R, V) and, if asked for, the slope J = dz/dx: a number, (R, 1) or (R, V)."""
+class _Buffers:
+    """Of a block: (R, V) each, made when they are first used.
+
+    Attributes:
+        in_place: the first is x itself, which is about to be overwritten.
+    """
+
+    def __init__(self, x: Tensor, width: int, out: Tensor | None = None) -> None:
+        dtype = accumulation_dtype(x.dtype)
+        self._like, self._shape = x, (min(x.shape[0], max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))), width)
+        self.in_place = out is not None and out.data_ptr() == x.data_ptr() and x.dtype == out.dtype == dtype
+
+    def _new(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self._shape, dtype=dtype, device=self._like.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        return self._new(accumulation_dtype(self._like.dtype))
+
+    @cached_property
+    def second(self) -> Tensor:
+        return self._new(accumulation_dtype(self._like.dtype))
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return self._new(torch.bool)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return torch.arange(self._shape[1], device=self._like.device)
+
+
+def _logits(
+    x: Tensor, transform: Transform, rows: slice, buffers: _Buffers, keep_slope: bool
+) -> tuple[Tensor, Tensor | float | None]:
+    """A block of logits z (R, V) and, if asked for, the slope J = dz/dx: a number, (R, 1) or (R, V)."""
     inverse: Tensor | float = 1.0 / transform.temperature
     if transform.temperatures is not None:
         inverse = transform.temperatures[rows].reciprocal().unsqueeze(1)  # (R, 1)
-    z = x.to(accumulation_dtype(x.dtype), copy=True)
+    z = x if buffers.in_place else buffers.first[: x.shape[0]].copy_(x)
     slope: Tensor | float | None = None
     if transform.softcap is None:
         factor = inverse * transform.logit_scale
@@ -126,9 +166,9 @@ def _logits(x: Tensor, transform: Transform, rows: slice, keep_slope: bool) -> t
     return z, slope if keep_slope else None
 
 
-def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...]) -> Tensor:
+def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...], buffers: _Buffers) -> Tensor:
     """Partials (7, R) of a block; z becomes ``e^{z - max}``, 0 at the target."""
-    width = z.shape[1]
+    count, width = z.shape
     here = (local >= 0) & (local < width)
     column = local.clamp(0, width - 1).unsqueeze(1)
     at_column = z.gather(1, column).squeeze(1)
@@ -137,23 +177,33 @@ def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...]) -> Tensor:
         partials[5] = z.sum(1)
     z.scatter_(1, column, torch.where(here, -torch.inf, at_column).unsqueeze(1))
     if "is_top1" in outputs:
-        ahead = torch.arange(width, device=z.device) < local.unsqueeze(1)
-        partials[6] = torch.where(ahead, z, -torch.inf).amax(1)
+        partials[6] = _before(z, local, buffers)
     top = z.amax(1)
-    z.sub_(torch.where(top == -torch.inf, 0.0, top).unsqueeze(1))
-    weighted = None
+    shift = torch.where(top == -torch.inf, 0.0, top).unsqueeze(1)
     if "entropy" in outputs:
-        weighted = z.clone()
-    z.exp_()
-    if weighted is not None:
-        # 0 * -inf at masked classes
-        partials[3] = weighted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
+        log_p = torch.sub(z, shift, out=buffers.second[:count])
+        torch.exp(log_p, out=z)
+        # where p is 0 anyway, also in float64: 0 * -inf would not be
+        partials[3] = log_p.clamp_(min=-1000.0).mul_(z).sum(1)
+    else:
+        z.sub_(shift).exp_()
     if "log_sum_sq_probs" in outputs:
-        partials[4] = z.square().sum(1)
+        partials[4] = torch.square(z, out=buffers.second[:count]).sum(1)
     partials[0] = top
     partials[1] = z.sum(1)
     partials[2] = torch.where(here, at_column, -torch.inf)
     return partials
+
+
+def _before(z: Tensor, local: Tensor, buffers: _Buffers) -> Tensor:
+    """The largest logit of the classes before each label (R,), -inf where there are none."""
+    lowest = z.new_full((), -torch.inf)
+    if z.device.type == "cpu":
+        # half of each row is read on average, and no mask is written
+        stops = local.clamp(0, z.shape[1]).tolist()
+        return torch.stack([row[:stop].amax() if stop else lowest for row, stop in zip(z, stops, strict=True)])
+    behind = torch.ge(buffers.columns, local.unsqueeze(1), out=buffers.mask[: z.shape[0]])
+    return torch.where(behind, lowest, z, out=buffers.second[: z.shape[0]]).amax(1)
 
 
 def _store(grad: Tensor, slope: Tensor | float | None, out: Tensor, rows: slice, span: Span, ignored: Tensor) -> None:
@@ -162,5 +212,7 @@ def _store(grad: Tensor, slope: Tensor | float | None, out: Tensor, rows: slice,
     # looking would wait for a GPU; filled and not multiplied, since 0 * nan is not 0
     if grad.is_cuda or bool(ignored.any()):
         grad.masked_fill_(ignored.unsqueeze(1), 0)
-    out[rows, : span.width] = grad
+    target = out[rows, : span.width]
+    if target.data_ptr() != grad.data_ptr():
+        target.copy_(grad)
     out[rows, span.width :] = 0

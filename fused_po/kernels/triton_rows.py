@@ -279,7 +279,7 @@ def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outpu
                 *_numbers(transform),
                 **_flags(transform),
                 **_wanted(outputs),
-                **launch_config("row_stats", span.width),
+                **launch_config("row_stats", span.width, x.device),
             )
     return partials
 
@@ -309,7 +309,7 @@ def row_softmax(
                 *_numbers(transform),
                 **_flags(transform),
                 **_wanted(outputs),
-                **launch_config("row_softmax", out.shape[1]),
+                **launch_config("row_softmax", out.shape[1], x.device),
             )
     return partials
 
@@ -345,7 +345,7 @@ def row_grad(
             HAS_C=coefficients.logp is not None,
             HAS_E=coefficients.entropy is not None,
             HAS_L=coefficients.lse is not None,
-            **launch_config("row_grad", out.shape[1]),
+            **launch_config("row_grad", out.shape[1], x.device),
         )
 
 

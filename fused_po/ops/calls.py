@@ -28,7 +28,7 @@ from fused_po.ops.planning import Plan, blind, default_plan
 __all__ = ["HeadCall", "prepare"]
 
 GIB = 1 << 30
-DEFAULT_SCRATCH_BYTES = {"cpu": GIB // 16}
+DEFAULT_SCRATCH_BYTES = {"cpu": 96 * GIB // 1024}
 
 
 def _whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
@@ -79,7 +79,7 @@ class Prepared:
 
     call: HeadCall
     layout: Layout
-    hidden: Tensor  # (positions, H)
+    hidden: Tensor  # (positions, H), or (B, S, H) where that would be a copy
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     temperatures: Tensor | None  # (N,)
@@ -155,7 +155,14 @@ def prepare(
     )
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)
-    return Prepared(call, layout, hidden.reshape(-1, hidden.shape[-1]), weight, bias, temperatures)
+    return Prepared(call, layout, _flat(hidden), weight, bias, temperatures)
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """(B, S, H) as (B S, H) where that is a view; a slice such as ``hidden[:, :-1]`` stays, and is not copied."""
+    if hidden.ndim == 2 or hidden.is_contiguous() or hidden.stride(0) == hidden.shape[1] * hidden.stride(1):
+        return hidden.view(-1, hidden.shape[-1])
+    return hidden
 
 
 def _sequence_of_positions(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

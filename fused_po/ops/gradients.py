@@ -51,7 +51,8 @@ class Gradients:
     def __init__(self, wanted: Wanted, hidden: Tensor, head: Head, parts: int = 1) -> None:
         wide, weight = head.accumulation_dtype, head.weight
         self.parts = parts
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
+        positions = (hidden.shape[:-1].numel(), hidden.shape[-1])
+        self.hidden = hidden.new_zeros(positions, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
         self.weights = [weight.new_zeros(weight.shape, dtype=wide) for _ in range(parts if wanted.weight else 0)]
         self.biases = [weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
         self._scale = weight.new_zeros((), dtype=wide) if head.compute_dtype == torch.float16 else None

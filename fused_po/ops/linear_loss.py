@@ -63,8 +63,8 @@ def linear_loss(
     is that one horizon, else 4 less the share of its tiles that fit.
 
     Args:
-        hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point. Pairs: first half of the sequences
-            chosen, second half rejected.
+        hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point, any strides: a slice such as
+            ``hidden[:, :-1]`` is not copied. Pairs: first half of the sequences chosen, second half rejected.
         weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
             hidden).
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
@@ -90,7 +90,7 @@ def linear_loss(
             peaked: 1e-3 leaves most blocks out there, and none of a flat row.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
-            on a GPU, 64 MiB on a CPU. Less than one row needs is raised to one row.
+            on a GPU, 96 MiB on a CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
             tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
         process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
@@ -170,7 +170,7 @@ class _LinearLoss(torch.autograd.Function):
         batch: Batch,
         asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
+        ctx.dtypes, ctx.shape = tuple(None if t is None else t.dtype for t in (hidden, weight, bias)), hidden.shape
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(call, call.head(weight, bias), loss, split, names, asked, hidden, labels, temperatures)
             value, factor, stats = run(batch)
@@ -189,7 +189,8 @@ class _LinearLoss(torch.autograd.Function):
         factor, *gradients = ctx.saved_tensors
         scale = grad_output * factor
         found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (*found, *[None] * 9)
+        d_hidden = None if found[0] is None else found[0].view(ctx.shape)
+        return (d_hidden, *found[1:], *[None] * 9)
 
 
 class _Run:
@@ -255,7 +256,7 @@ class _Run:
         arranged = Arranged.of(chunk.rows, self.silent, self.hidden.device)
         eager = self.unscaled and self.call.wanted.hidden and not self.call.wanted.head
         if eager and arranged.active <= self.budget.whole:
-            home = self.workspace.get("home", arranged.active, self.hidden.shape[1], self.head.accumulation_dtype)
+            home = self.workspace.get("home", arranged.active, self.hidden.shape[-1], self.head.accumulation_dtype)
         sweep = self._sweep(arranged, home)
         found = sweep.forward(self.outputs, self.gradients).present()
         stats = masked_stats(Stats(**{name: arranged.restored(v) for name, v in found.items()}), batch.mask)

@@ -50,7 +50,8 @@ def linear_token_stats(
     or ``lse`` recomputes the logits, and only when one arrives.
 
     Args:
-        hidden: (B, S, H) or packed (N, H), floating point.
+        hidden: (B, S, H) or packed (N, H), floating point, any strides: a slice such as ``hidden[:, :-1]`` is not
+            copied.
         weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
             hidden).
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
@@ -59,7 +60,7 @@ def linear_token_stats(
         temperature: T > 0, a number, (B,), or the shape of labels.
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
-        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 64 MiB on a
+        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
             CPU. Less than one row needs is raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once.
         process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
@@ -118,7 +119,7 @@ class _LinearTokenStats(torch.autograd.Function):
             wanted = call.wanted
             home = None
             if wanted.hidden and not wanted.head:
-                home = hidden.new_empty((labels.shape[0], hidden.shape[1]), dtype=storage_dtype(hidden.dtype))
+                home = hidden.new_empty((labels.shape[0], hidden.shape[-1]), dtype=storage_dtype(hidden.dtype))
             sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=True, home=home)
             stats = sweep.forward(asked)
         values = tuple(getattr(stats, name) for name in asked)
@@ -146,7 +147,10 @@ class _LinearTokenStats(torch.autograd.Function):
                 sweep.backward(triple, gradients)
             found = gradients.finish()
         like = (hidden, weight, bias)
-        return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)), *[None] * 4)
+        d_hidden, *others = (None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True))
+        # dH is flat; a sharded weight has lost its shape again by now
+        d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
+        return (d_hidden, *others, *[None] * 4)
 
 
 def _sweep(

@@ -70,6 +70,16 @@ class Rows:
             return self.take(flat)
         return flat.index_select(0, self.take(self.positions))
 
+    def vectors(self, hidden: Tensor) -> Tensor:
+        """``gather`` from (all positions, H), or from (B, S, H) with gaps in memory, which is not copied: (R, H)."""
+        if hidden.ndim == 2:
+            return self.gather(hidden)
+        places = self.positions
+        if places is None:
+            places = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
+        places, length = self.take(places), hidden.shape[1]
+        return hidden[places // length, places % length]
+
     def scatter(self, flat: Tensor, values: Tensor) -> None:
         """Into the caller's order: values (R, ...) into flat (all positions, ...)."""
         if self.positions is not None:

@@ -54,7 +54,9 @@ class Budget:
         extra = 2 * width * (wide + narrow)
         # logits, and the gradient tile where that is a buffer of its own
         flight = vocab * ((wide if wide == narrow else wide + narrow) + (narrow if copies else 0)) + extra
-        tile = max(1, min(scratch_bytes // 4 // flight, MAX_TILE_ROWS))
+        # nothing but products of width H waits beside the tiles of a frozen head
+        frozen = unscaled and not wanted.head
+        tile = max(1, min(scratch_bytes * (3 if frozen else 1) // 4 // flight, MAX_TILE_ROWS))
         beside = max(0, scratch_bytes - tile * flight)
         if not wanted.head:
             # only the product of GEMM 2 waits for its coefficient
@@ -90,7 +92,7 @@ class Sweep:
 
     Args:
         head: the head.
-        hidden: (positions, H), in the caller's order.
+        hidden: (positions, H), in the caller's order, or (B, S, H).
         labels: (R,) of the rows.
         temperatures: (R,) or None.
         rows: which positions.
@@ -264,7 +266,7 @@ class Sweep:
         return steps(first, last, step)
 
     def _hidden(self, first: int, last: int) -> Tensor:
-        rows = self.rows.part(first, last).gather(self.hidden)
+        rows = self.rows.part(first, last).vectors(self.hidden)
         # 0 times NaN would reach dW
         return torch.where((self.labels[first:last] >= 0).unsqueeze(1), rows, 0.0) if self.masked else rows
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_po import Split, losses, splits, stats_loss
+from fused_po.diagnostics import peak_memory
 from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
 from fused_po.ops.planning import static_plan
 from fused_po.stats import Stats
@@ -174,3 +175,36 @@ def test_a_reweighting_of_another_shape_is_refused():
     split = Split(reweight=lambda weights: weights.mean())
     with pytest.raises(ValueError, match="reweight must return weights"):
         linear_loss(*problem.arguments(), problem.loss, split=split, **problem.side_inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats"])
+def test_a_slice_of_hidden_states_is_not_copied(operation, frozen, masked):
+    """``hidden[:, :-1]``: the same bits as of a copy, and a peak without one."""
+    batch, length, width, vocab = 2, 257, 512, 64
+    torch.manual_seed(0)
+    whole = torch.randn(batch, length + 1, width)
+    weight = torch.randn(vocab, width, requires_grad=not frozen)
+    labels = torch.randint(0, vocab, (batch, length))
+    if masked:
+        labels[:, 5:40] = -100
+
+    def call(hidden):
+        if operation == "linear_loss":
+            side = {"ref_logp": torch.zeros(batch)}
+            return linear_loss(hidden, weight, labels, losses.create("sigmoid"), scratch_bytes=1 << 16, **side).loss
+        return linear_token_stats(hidden, weight, labels, scratch_bytes=1 << 16).logp.square().sum()
+
+    def gradients(hidden):
+        hidden = hidden.detach().requires_grad_()
+        value = call(hidden)
+        return value, *torch.autograd.grad(value, [hidden] if frozen else [hidden, weight])
+
+    sliced = whole[:, :-1]
+    for mine, want in zip(gradients(sliced), gradients(sliced.contiguous()), strict=True):
+        assert torch.equal(mine, want)
+    copy = batch * length * width * 4
+    contiguous = sliced.contiguous()
+    peak, least = (peak_memory(lambda given=given: call(given), "cpu") for given in (sliced, contiguous))
+    assert peak < least + copy // 4
