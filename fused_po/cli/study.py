@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields
@@ -32,6 +31,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="a new or empty folder")
     add("--seeds", type=positive(int), default=5, help="independent repetitions, for error bars, default 5")
+    add("--first-seed", type=natural, default=0, metavar="N", help="seeds are N, N + 1, ..., default 0")
     add("--workers", type=positive(int), help="seeds side by side, default a core each; 1 on a GPU")
     add("--quick", action="store_true", help="a small study of half a minute a seed, to see whether it runs")
     # defaults stand where they are documented
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     add("--estimator", choices=("exact", "directional"), default=argparse.SUPPRESS, help="of G, default exact")
     add("--device", default=argparse.SUPPRESS, help="default cpu")
     whole = "hidden-size layers largest sft-steps sft-batch steps pairs batch epochs minibatches generations"
-    for name in (*whole.split(), "checkpoints", "samples"):
+    for name in (*whole.split(), "checkpoints", "samples", "draws"):
         add(f"--{name}", type=positive(int), default=argparse.SUPPRESS, metavar="N", help="see fused_po.study.settings")
     for name in ("sft-lr", "dpo-lr", "ppo-lr", "critic-lr", "beta", "epsilon"):
         add(f"--{name}", type=positive(float), default=argparse.SUPPRESS, metavar="X")
@@ -50,41 +50,62 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def natural(text: str) -> int:
+    """A type for ``argparse``: 0 or a number above it."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Check the arguments, run the seeds, write the report.
+    """Check the arguments, run the seeds, write the report. Seeds that fail are left out of it, and named.
+
+    Returns:
+        0; 1 where a seed failed.
 
     Raises:
-        ValueError: whatever can't be run, before anything is trained.
+        ValueError: arguments, a model or a device that can't be used, before anything is trained; or a start that
+            answers too well or too badly to learn from, in every seed.
+        FloatingPointError: a training that diverges, in every seed.
     """
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder")
     # torch and transformers take seconds to import; a wrong argument should not
     from fused_po.study.report import write_report, write_results
-    from fused_po.study.run import Results
+    from fused_po.study.run import Results, check
     from fused_po.study.settings import QUICK, Settings
 
     known = {one.name for one in fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in known}
     settings = Settings(**((QUICK if arguments.quick else {}) | given))
+    check(settings)
     output.mkdir(parents=True, exist_ok=True)
-    begin, results = time.monotonic(), Results()
-    for part in _seeds(arguments, settings):
-        results.points += part.points
-        results.bins += part.bins
+    results = Results()
+    failures: dict[int, Exception] = {}
+    for seed, part in _seeds(arguments, settings):
+        if isinstance(part, Exception):
+            failures[seed] = part
+            print(f"fused-po: seed {seed} failed: {part}", file=sys.stderr)
+        else:
+            results.points += part.points
+            results.bins += part.bins
+    if not results.points:
+        raise failures[min(failures)]
     results.points.sort(key=lambda point: point.seed)
     results.bins.sort(key=lambda one: one.seed)
     write_results(results, output)
     (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
-    findings = write_report(results, settings, output, _command(arguments), time.monotonic() - begin)
+    said = {seed: str(failures[seed]) for seed in sorted(failures)}
+    findings = write_report(results, settings, output, _command(arguments), _processor_time(), said)
     for one in findings:
-        print(f"{one.verdict:>14}: {one.claim.text} ({one.mean:.3g} ± {one.error:.2g})")
+        print(f"{one.verdict:>14}: {one.claim.text} ({one.text})")
     print(f"wrote {output}/report.html, report.md, plots/ and CSV")
-    return 0
+    return 1 if failures else 0
 
 
-def _seeds(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
-    """The results of each seed, as they come, behind a progress bar."""
+def _seeds(arguments: argparse.Namespace, settings: Any) -> Iterator[tuple[int, Any]]:
+    """Each seed with its results or with the error that it ended in, as they come, behind a progress bar."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fused_po.study.run import total_updates
@@ -105,16 +126,30 @@ def _seeds(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
     ):
         done = manager.list([0] * arguments.seeds)
         task = progress.add_task("training", total=arguments.seeds * total_updates(settings))
-        waiting: set[Future[Any]] = {pool.submit(_seed, seed, settings, done) for seed in range(arguments.seeds)}
+        seeds: dict[Future[Any], int] = {}
+        for index in range(arguments.seeds):
+            seed = arguments.first_seed + index
+            seeds[pool.submit(_seed, index, seed, settings, done)] = seed
+        waiting = set(seeds)
         try:
             while waiting:
                 ready, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
                 progress.update(task, completed=sum(done))
                 for one in ready:
-                    yield one.result()
+                    error = one.exception()
+                    # an interrupt is no result of a seed
+                    if error is not None and not isinstance(error, Exception):
+                        raise error
+                    yield seeds[one], error or one.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _processor_time() -> float:
+    """Seconds that the workers took, which have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _start_worker(workers: int) -> None:
@@ -125,7 +160,7 @@ def _start_worker(workers: int) -> None:
     logging.disable_progress_bar()
 
 
-def _seed(seed: int, settings: Any, done: Any) -> Any:
+def _seed(index: int, seed: int, settings: Any, done: Any) -> Any:
     from fused_po.study.run import run_seed
 
     # a round trip to the parent for every update would cost more than the update
@@ -134,7 +169,7 @@ def _seed(seed: int, settings: Any, done: Any) -> Any:
     def advance(updates: int) -> None:
         counted[0] += updates
         if counted[0] % 20 == 0:
-            done[seed] = counted[0]
+            done[index] = counted[0]
 
     return run_seed(seed, settings, advance)
 
@@ -144,6 +179,8 @@ def _command(arguments: argparse.Namespace) -> str:
     words = ["fused-po", "study"]
     for name, value in vars(arguments).items():
         if name in ("command", "run", "output", "workers") or value is False:
+            continue
+        if name == "first_seed" and not value:
             continue
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join([*words, "--output", "DIR"])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fused_po.study.claims import Curves
+from fused_po.study.estimates import mean_and_error
 from fused_po.study.run import Results
 from fused_po.study.settings import ARMS, METHODS
 
 __all__ = ["FIGURES", "Figure", "draw"]
 
 NAMES = {"dpo": "DPO", "ppo": "PPO"}
+THIRDS = {"top": "top third", "middle": "middle", "bottom": "bottom"}
 WIDTH, HEIGHT = 4.4, 3.1
 
 
@@ -51,19 +52,13 @@ def _line(axis: Any, curves: Curves, method: str, metric: str, label: str, arm: 
     runs = [curves.curve(seed, method, metric, arm) for seed in curves.seeds]
     steps = list(runs[0])
     table = [[run[step] for run in runs] for step in steps]
-    means = [sum(row) / len(row) for row in table]
-    errors = [_error(row) for row in table]
+    means, errors = zip(*map(mean_and_error, table), strict=True)
     (line,) = axis.plot(steps, means, label=label, linewidth=1.6)
     for run in runs if len(runs) > 1 else []:
         axis.plot(steps, list(run.values()), color=line.get_color(), linewidth=0.4, alpha=0.5)
     low = [mean - error for mean, error in zip(means, errors, strict=True)]
     high = [mean + error for mean, error in zip(means, errors, strict=True)]
     axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def _error(values: Sequence[float]) -> float:
-    mean, count = sum(values) / len(values), len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, count - 1) / count)
 
 
 def _frame(axis: Any, title: str, ylabel: str, zero: bool = False) -> None:
@@ -89,7 +84,7 @@ def _by_method(lines: dict[str, str], ylabel: str) -> Callable[[Any, Curves, Res
     return paint
 
 
-def _grid(panels: Sequence[tuple[str, dict[str, str]]]) -> Callable[[Any, Curves, Results], None]:
+def _grid(panels: Sequence[tuple[str, dict[str, str]]], zero: bool = False) -> Callable[[Any, Curves, Results], None]:
     """A row for each method, a column for each panel: (label of the axis, metric -> label)."""
 
     def paint(axes: Any, curves: Curves, results: Results) -> None:
@@ -97,7 +92,7 @@ def _grid(panels: Sequence[tuple[str, dict[str, str]]]) -> Callable[[Any, Curves
             for axis, (ylabel, lines) in zip(row, panels, strict=True):
                 for metric, label in lines.items():
                     _line(axis, curves, method, metric, label)
-                _frame(axis, NAMES[method], ylabel)
+                _frame(axis, NAMES[method], ylabel, zero)
 
     return paint
 
@@ -105,6 +100,7 @@ def _grid(panels: Sequence[tuple[str, dict[str, str]]]) -> Callable[[Any, Curves
 def _arms(axes: Any, curves: Curves, results: Results) -> None:
     panels = {
         "reward/held_out": "held-out reward",
+        "reward/gap": "training less held-out reward",
         "entropy/held_out": "entropy per token",
         "kl/held_out": "KL to start",
     }
@@ -138,7 +134,7 @@ FIGURES = {
         "Whether a step on the loss makes the final model's answers likelier (G, nats per unit of step).",
         1,
         2,
-        _by_method({"G/whole": "whole loss"}, "G"),
+        _by_method({"G": "whole loss"}, "G"),
     ),
     "sides": Figure(
         "G by part",
@@ -149,10 +145,17 @@ FIGURES = {
     ),
     "thirds": Figure(
         "G by weight group",
-        "Thirds of answers by sigmoid(-beta h) for DPO, of tokens by |A| for PPO.",
-        1,
+        "Thirds of answers by sigmoid(-beta h) for DPO, of tokens by |A| for PPO; with their own weights, by which the "
+        "top third counts for more, and with the mean weight of the batch for all.",
         2,
-        _by_method({"G/top": "top third", "G/middle": "middle", "G/bottom": "bottom"}, "G"),
+        2,
+        _grid(
+            [
+                ("G", {f"G/{third}": name for third, name in THIRDS.items()}),
+                ("G, equal weights", {f"G/{third}/no_reweighting": name for third, name in THIRDS.items()}),
+            ],
+            zero=True,
+        ),
     ),
     "flat": Figure(
         "G with and without reweighting",
@@ -177,7 +180,7 @@ FIGURES = {
         "Ablations",
         "The same start without one component each, and the controlled variant.",
         2,
-        3,
+        4,
         _arms,
     ),
     "drift": Figure(

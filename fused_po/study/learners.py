@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fused_po.study.task import Prompt, reward
 from fused_po.trainers.model import hidden_and_head
 from fused_po.trainers.preferences import AnswerBatch
 
-__all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "pair_examples", "supervise"]
+__all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "alignments", "pair_examples", "supervise"]
 
 # of an answer: three terms of three digits, two signs and the end are 12
 MAX_TOKENS = 14
@@ -54,6 +54,22 @@ def pair_examples(
     return Examples(_inputs(batch), batch.labels, {"ref_logp": reference})
 
 
+@torch.enable_grad()
+def alignments(model: nn.Module, draws: Sequence[Examples], loss: Loss, target: Examples) -> list[float]:
+    """G of the whole loss over each draw of D, exactly: what ``gradient_alignment`` says, without the parts."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(value: Tensor) -> list[Tensor]:
+        return [one.double() for one in torch.autograd.grad(value, parameters)]
+
+    towards = gradient(-token_logp(model, _batch(target)).sum() / target.labels.shape[0])
+    found = []
+    for examples in draws:
+        along = gradient(_loss(model, _batch(examples), loss, None, examples.side_inputs))
+        found.append(sum((one * other).sum().item() for one, other in zip(along, towards, strict=True)))
+    return found
+
+
 class Learner:
     """A model in training; ``loss`` is what it descends on, ``split`` how the sides of it count."""
 
@@ -67,14 +83,15 @@ class Learner:
         """One update of the policy."""
         raise NotImplementedError
 
-    def examples(self) -> Examples:
-        """D at the model's parameters."""
+    def examples(self) -> tuple[Examples, list[Examples]]:
+        """D at the model's parameters: what G is taken apart over, and all that it is measured over as a whole, each
+        draw of D for itself. Training does not notice.
+        """
         raise NotImplementedError
 
     def _learn(self, examples: Examples) -> None:
         split = None if self.split is None else self.split.at(self.done / self.settings.steps)
-        batch = AnswerBatch(examples.inputs["input_ids"], examples.inputs["attention_mask"], examples.labels)
-        _backward(self.model, batch, self.loss, split, dict(examples.side_inputs))
+        _backward(self.model, _batch(examples), self.loss, split, examples.side_inputs)
         _update(self.optimizer, self.model)
         self.done += 1
 
@@ -100,8 +117,9 @@ class PairLearner(Learner):
     def step(self) -> None:
         self._learn(_rows(self._all, next(self._order)))
 
-    def examples(self) -> Examples:
-        return self._probe
+    def examples(self) -> tuple[Examples, list[Examples]]:
+        """As a whole over all pairs: what DPO descends on, without an error of drawing."""
+        return self._probe, [self._all]
 
     def _orders(self, count: int, draw: random.Random) -> Iterator[list[int]]:
         size = min(self.settings.batch // 2, count)
@@ -126,12 +144,13 @@ class RolloutLearner(Learner):
         loss = losses.create(settings.policy_loss, epsilon=settings.epsilon)
         super().__init__(copy.deepcopy(start), loss, split, settings.ppo_lr, settings)
         self._language, self._prompts, self._random = language, prompts, random.Random(seed)
+        self._probing = random.Random(seed)
         self._critic = None if settings.policy_loss == "grpo" else _Critic(start, settings.critic_lr)
         self._waiting: list[Examples] = []
 
     def step(self) -> None:
         if not self._waiting:
-            rollouts = self._rollouts(self.settings.batch * self.settings.minibatches)
+            rollouts = self._rollouts(self.settings.batch * self.settings.minibatches, self._random)
             for _ in range(self.settings.epochs):
                 order = self._random.sample(range(rollouts.labels.shape[0]), rollouts.labels.shape[0])
                 for first in range(0, len(order), self.settings.batch):
@@ -142,14 +161,20 @@ class RolloutLearner(Learner):
         side_inputs = {name: value for name, value in examples.side_inputs.items() if name in self.loss.needs}
         self._learn(Examples(examples.inputs, examples.labels, side_inputs))
 
-    def examples(self) -> Examples:
+    def examples(self) -> tuple[Examples, list[Examples]]:
         """Fresh rollouts: before an update the ratio to the sampling policy is 1, and nothing is clipped."""
-        rollouts = self._rollouts(self.settings.samples)
-        return Examples(rollouts.inputs, rollouts.labels, {"advantage": rollouts.side_inputs["advantage"]})
+        found = []
+        # an arm that is probed goes on with the draws of one that is not
+        with torch.random.fork_rng():
+            for _ in range(self.settings.draws):
+                torch.manual_seed(self._probing.getrandbits(63))
+                one = self._rollouts(self.settings.samples, self._probing)
+                found.append(Examples(one.inputs, one.labels, {"advantage": one.side_inputs["advantage"]}))
+        return found[0], found
 
-    def _rollouts(self, count: int) -> Examples:
+    def _rollouts(self, count: int, draw: random.Random) -> Examples:
         generations = self.settings.generations
-        prompts = [p for p in self._random.choices(self._prompts, k=count // generations) for _ in range(generations)]
+        prompts = [p for p in draw.choices(self._prompts, k=count // generations) for _ in range(generations)]
         samples = sample(self.model, self._language, prompts, MAX_TOKENS)
         rewards = torch.tensor([reward(one.prompt, one.text) for one in samples], device=self.device)
         batch = self._language.pad(samples, self.device)
@@ -196,15 +221,21 @@ class _Critic:
         self._optimizer.zero_grad()
 
 
-def _backward(
-    model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: dict[str, Any]
-) -> None:
+def _loss(
+    model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: Mapping[str, Any]
+) -> Tensor:
     backbone, head = hidden_and_head(model)
     hidden = backbone(**_inputs(batch))[:, :-1]
-    out = linear_loss(hidden, head.weight, batch.labels, loss, split=split, **head.options, **side_inputs)
-    if not out.loss.isfinite():
-        raise FloatingPointError(f"the loss is {out.loss.item()}; a smaller learning rate?")
-    out.loss.backward()
+    return linear_loss(hidden, head.weight, batch.labels, loss, split=split, **head.options, **side_inputs).loss
+
+
+def _backward(
+    model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: Mapping[str, Any]
+) -> None:
+    value = _loss(model, batch, loss, split, side_inputs)
+    if not value.isfinite():
+        raise FloatingPointError(f"the loss is {value.item()}; a smaller learning rate?")
+    value.backward()
 
 
 def _update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -215,6 +246,10 @@ def _update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def _inputs(batch: AnswerBatch) -> dict[str, Tensor]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _batch(examples: Examples) -> AnswerBatch:
+    return AnswerBatch(examples.inputs["input_ids"], examples.inputs["attention_mask"], examples.labels)
 
 
 def _rows(examples: Examples, rows: Sequence[int]) -> Examples:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fused_po.study.claims import Curves, Finding, judge
+from fused_po.study.claims import FALSE_VERDICTS, Curves, Finding, judge
+from fused_po.study.estimates import written
 from fused_po.study.figures import FIGURES, draw
 from fused_po.study.run import Bin, Point, Results
 from fused_po.study.settings import ARMS, METHODS, Settings
@@ -21,6 +21,7 @@ _TEMPLATES = Path(__file__).parent
 _COLUMNS = {
     "reward/held_out": "held-out reward",
     "reward/train": "training reward",
+    "reward/gap": "gap",
     "entropy/held_out": "entropy per token",
     "distinct/held_out": "distinct answers",
     "kl/held_out": "KL to start",
@@ -38,7 +39,14 @@ def read_results(output: Path) -> Results:
     return Results(_read(output / "points.csv", Point), _read(output / "coefficients.csv", Bin))
 
 
-def write_report(results: Results, settings: Settings, output: Path, command: str, seconds: float) -> list[Finding]:
+def write_report(
+    results: Results,
+    settings: Settings,
+    output: Path,
+    command: str,
+    seconds: float,
+    failures: Mapping[int, str] | None = None,
+) -> list[Finding]:
     """``claims.csv``, ``plots/*.svg``, ``report.html`` and ``report.md``.
 
     Args:
@@ -46,7 +54,8 @@ def write_report(results: Results, settings: Settings, output: Path, command: st
         settings: what was run.
         output: a folder.
         command: that repeats the study.
-        seconds: that it took.
+        seconds: of processor time that it took.
+        failures: seeds without results, and what they failed with.
 
     Returns:
         what the runs say to each claim.
@@ -58,10 +67,10 @@ def write_report(results: Results, settings: Settings, output: Path, command: st
     with (output / "claims.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         names = [f"seed {seed}" for seed in curves.seeds]
-        table.writerow(["claim", "source", "number", "figure", "verdict", "mean", "standard error", *names])
+        table.writerow(["claim", "source", "number", "figure", "verdict", "mean", "standard error", "p", *names])
         for one in findings:
             claim = one.claim
-            row = [claim.text, claim.source, claim.number, claim.figure, one.verdict, one.mean, one.error]
+            row = [claim.text, claim.source, claim.number, claim.figure, one.verdict, one.mean, one.error, one.p]
             table.writerow([*row, *one.values])
     (output / "plots").mkdir(exist_ok=True)
     images = {name: draw(figure, curves, results) for name, figure in FIGURES.items()}
@@ -72,7 +81,9 @@ def write_report(results: Results, settings: Settings, output: Path, command: st
         "minutes": seconds / 60,
         "settings": asdict(settings),
         "seeds": curves.seeds,
+        "failures": failures or {},
         "findings": findings,
+        "rate": FALSE_VERDICTS,
         "figures": FIGURES,
         "images": images,
         "columns": list(_COLUMNS.values()),
@@ -94,11 +105,7 @@ def _arms(curves: Curves) -> Iterable[dict[str, Any]]:
     for method in METHODS:
         for arm in ARMS[method]:
             values = [[curves.late(seed, method, metric, arm) for seed in curves.seeds] for metric in _COLUMNS]
-            cells = []
-            for row in values:
-                error = statistics.stdev(row) / len(row) ** 0.5 if len(row) > 1 else None
-                cells.append(f"{statistics.fmean(row):.3g}" + ("" if error is None else f" ± {error:.2g}"))
-            yield {"method": method.upper(), "arm": arm, "cells": cells}
+            yield {"method": method.upper(), "arm": arm, "cells": [written(row) for row in values]}
 
 
 def _write(path: Path, kind: type, rows: Iterable[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +16,29 @@ from torch import nn
 from fused_po import losses
 from fused_po.diagnostics import Examples, alignment_over_checkpoints, learning_dynamics
 from fused_po.ops import stats_loss
-from fused_po.study.learners import MAX_TOKENS, Learner, PairLearner, RolloutLearner, pair_examples, supervise
+from fused_po.study.learners import (
+    MAX_TOKENS,
+    Learner,
+    PairLearner,
+    RolloutLearner,
+    alignments,
+    pair_examples,
+    supervise,
+)
 from fused_po.study.policy import Language, Sample, new_model, sample, tiny_tokenizer
 from fused_po.study.settings import ARMS, METHODS, Settings
 from fused_po.study.task import Prompt, all_prompts, demonstration, reward
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["Bin", "Point", "Results", "run_seed"]
+__all__ = ["Bin", "Point", "Results", "check", "run_seed", "total_updates"]
 
 HELD_OUT = 0.15
 # answers drawn for a prompt in search of a right and a wrong one
 TRIES = 4
 SEARCHES = 40
+
+# step, D by parts, draws of D
+Kept = tuple[int, Examples, list[Examples]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,34 @@ def total_updates(settings: Settings) -> int:
     return settings.sft_steps + settings.steps * sum(len(ARMS[method]) for method in METHODS)
 
 
+def check(settings: Settings) -> None:
+    """Try what a study takes from the machine it runs on.
+
+    Raises:
+        ValueError: a device that is not there, a model or a tokenizer that can't be loaded.
+    """
+    try:
+        torch.empty(0, device=settings.device)
+    # what torch says of a missing GPU is an AssertionError
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {settings.device!r} can't be used: {first}") from None
+    if settings.model != "tiny":
+        _load(settings, 0)
+
+
+def _load(settings: Settings, seed: int) -> tuple[Language, Any]:
+    if settings.model == "tiny":
+        tokenizer = tiny_tokenizer()
+        model = new_model(tokenizer, settings.hidden_size, settings.layers, seed)
+    else:
+        from fused_po.trainers.loading import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(settings.model, [])
+        model = load_model(settings.model, tokenizer, seed)
+    return Language(tokenizer), model.to(settings.device)
+
+
 def run_seed(seed: int, settings: Settings, advance: Callable[[int], Any] = lambda steps: None) -> Results:
     """Run one seed.
 
@@ -87,19 +127,7 @@ class _Seed:
         self.seed, self.settings, self.advance = seed, settings, advance
         self.results = Results()
         self.train, self.held_out = all_prompts(settings.largest, HELD_OUT, seed)
-        self.language, self.start = self._load()
-
-    def _load(self) -> tuple[Language, Any]:
-        settings = self.settings
-        if settings.model == "tiny":
-            tokenizer = tiny_tokenizer()
-            return Language(tokenizer), new_model(tokenizer, settings.hidden_size, settings.layers, self.seed).to(
-                settings.device
-            )
-        from fused_po.trainers.loading import load_model, load_tokenizer
-
-        tokenizer = load_tokenizer(settings.model, [])
-        return Language(tokenizer), load_model(settings.model, tokenizer, self.seed).to(settings.device)
+        self.language, self.start = _load(settings, seed)
 
     def go(self) -> Results:
         torch.manual_seed(self.seed)
@@ -127,12 +155,12 @@ class _Seed:
         last = settings.checkpoints - 1
         due = {round(settings.steps * index / last) for index in range(settings.checkpoints)}
         with tempfile.TemporaryDirectory(prefix="fused-po-study-") as folder:
-            kept: dict[Path, tuple[int, Examples]] = {}
+            kept: dict[Path, Kept] = {}
             for step in range(settings.steps + 1):
                 if step in due:
                     self._record(method, arm, step, self._evaluate(learner.model))
                     if arm == "full":
-                        kept[self._keep(Path(folder), step, learner)] = step, learner.examples()
+                        kept[self._keep(Path(folder), step, learner)] = step, *learner.examples()
                 if step < settings.steps:
                     learner.step()
                     self.advance(1)
@@ -145,7 +173,7 @@ class _Seed:
         self.language.tokenizer.save_pretrained(path)
         return path
 
-    def _align(self, method: str, learner: Learner, kept: dict[Path, tuple[int, Examples]]) -> None:
+    def _align(self, method: str, learner: Learner, kept: dict[Path, Kept]) -> None:
         """G over the checkpoints, with D' from the final model, and what the loss does at each of them."""
         prompts = random.Random(self.seed).choices(self.train, k=self.settings.samples)
         final = sample(learner.model, self.language, prompts, MAX_TOKENS)
@@ -153,9 +181,12 @@ class _Seed:
         target = Examples({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels)
 
         def batches(model: nn.Module, folder: Path) -> Sequence[Examples]:
-            step, examples = kept[folder]
+            step, examples, draws = kept[folder]
             dynamics = learning_dynamics(model, [examples], learner.loss)
             self._record(method, "full", step, dynamics.flat())
+            wholes = alignments(model, draws, learner.loss, target)
+            numbers = {f"G/draw {index}": value for index, value in enumerate(wholes)}
+            self._record(method, "full", step, numbers | {"G": statistics.fmean(wholes)})
             for side, histogram in dynamics.coefficients.items():
                 edges = histogram.edges.tolist()
                 self.results.bins += [
@@ -199,6 +230,7 @@ class _Seed:
             assert stats.entropy is not None and stats.logp is not None and before is not None
             found[f"entropy/{name}"] = stats.entropy[keep].mean().item()
             found[f"kl/{name}"] = (stats.logp - before).double().sum(1).mean().item()
+        found["reward/gap"] = found["reward/train"] - found["reward/held_out"]
         return found | self._probe(model)
 
     def _probe(self, model: Any) -> dict[str, float]:

@@ -44,8 +44,10 @@ class Settings:
         epochs, minibatches: PPO's, per rollout.
         generations: answers to each prompt in a rollout.
         critic_lr: of the value model.
-        checkpoints: how many models of a run are kept for G, the first and the last included.
-        samples: answers that an evaluation, D and D' are made of.
+        checkpoints: how many models of a run are kept for G, the first and the last included; at least 5, since a
+            trend and what is left of it are told apart between those two.
+        samples: answers that an evaluation, D' and D are made of. G of DPO's whole loss is over all pairs.
+        draws: how often PPO's D is drawn at a checkpoint: what two draws differ in is no change of the policy.
         estimator: ``exact`` or ``directional``.
         device: where it runs.
     """
@@ -72,15 +74,20 @@ class Settings:
     critic_lr: float = 1e-3
     checkpoints: int = 13
     samples: int = 256
+    draws: int = 4
     estimator: str = "exact"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        low = {"largest": 11, "checkpoints": 2, "generations": 2 if self.policy_loss == "grpo" else 1}
+        low = {"largest": 11, "checkpoints": 5, "generations": 2 if self.policy_loss == "grpo" else 1, "draws": 2}
+        # a pair, and an answer for each generation
+        low["samples"] = max(2, self.generations)
         counts = ("hidden_size", "layers", "sft_steps", "sft_batch", "steps", "pairs", "batch", "epochs")
-        for name in (*low, *counts, "minibatches", "samples"):
+        for name in (*low, *counts, "minibatches"):
             if getattr(self, name) < low.get(name, 1):
                 raise ValueError(f"{name} must be at least {low.get(name, 1)}: got {getattr(self, name)}")
+        if self.largest > 999:
+            raise ValueError(f"largest must be at most 999, more does not fit into an answer: got {self.largest}")
         for name in ("sft_lr", "dpo_lr", "ppo_lr", "critic_lr", "beta", "epsilon"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
@@ -106,6 +113,7 @@ QUICK: dict[str, int] = {
     "steps": 24,
     "pairs": 32,
     "batch": 16,
-    "checkpoints": 4,
+    "checkpoints": 5,
     "samples": 32,
+    "draws": 2,
 }
