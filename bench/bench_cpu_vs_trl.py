@@ -1,6 +1,9 @@
-"""One DPO pair on a CPU against TRL's chunked log-probs: time, and memory above inputs and gradients.
+"""DPO, DAPO and DPO with a frozen head on a CPU against TRL's chunked log-probs in the same run: time, and memory above
+inputs and gradients, with targets.
 
-python -m bench.bench_cpu_vs_trl --output bench/results/cpu_vs_trl.json
+    python -m bench.bench_cpu_vs_trl --output bench/results/cpu_vs_trl.json
+
+The exit status is 0 if every target holds, 1 if one is missed or a result is wrong, 2 if TRL can't be run.
 """
 
 from __future__ import annotations
@@ -8,16 +11,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bench.accuracy import bounds, rejected, way_errors
-from bench.cases import Case, Problem
-from bench.measure import environment, floors, interleaved, memory, step, summary
-from bench.ways import competitors
+from fused_po.bench.cases import Case, Problem
+from fused_po.bench.compare import run_case, table
+from fused_po.bench.measure import environment, memory
+from fused_po.bench.methods import competitors
 
 MIB = 1 << 20
-# of TRL's time and memory, and of the memory at 4k tokens
+# of TRL's time and memory, and of the memory at the shorter length
 MOST_TIME, MOST_MEMORY, MOST_GROWTH, MOST_GROWTH_BYTES = 0.60, 0.15, 1.10, 8 * MIB
+METHODS = ("linear_loss", "linear_token_stats", "eager", "trl")
+
+Checks = dict[str, dict[str, Any]]
+
+
+def checks(result: dict[str, Any]) -> Checks:
+    """This project's time and memory over TRL's."""
+    ours, trl = result["methods"]["linear_loss"], result["methods"]["trl"]
+    return {
+        "time": check(ours["ms"] / trl["ms"], MOST_TIME),
+        "memory": check(ours["scratch_bytes"] / trl["scratch_bytes"], MOST_MEMORY),
+    }
+
+
+def growth(case: Case, length: int, scratch: int) -> dict[str, Any]:
+    """Memory at another length over that of the case, which took ``scratch`` bytes."""
+    problem = Problem(replace(case, tokens=2 * length, length=length), "cpu")
+    (ours,), _ = competitors(problem, "cpu", ["linear_loss"])
+    grown = memory(ours, problem, "cpu")["scratch_bytes"]
+    return check(grown / scratch, MOST_GROWTH + MOST_GROWTH_BYTES / scratch) | {"scratch_bytes": grown}
+
+
+def check(ratio: float, most: float) -> dict[str, Any]:
+    return {"ratio": ratio, "most": most, "holds": ratio <= most}
 
 
 def main() -> int:
@@ -27,66 +56,35 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--long", type=int, default=32768, help="the length at which memory is compared; 0 skips it")
     parser.add_argument("--columns", type=int, default=8192, help="width of TRL's tiles")
-    parser.add_argument("--seconds", type=float, default=120.0, help="how long to repeat")
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long to repeat each case")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-
-    def case(length: int) -> Case:
-        return Case(2 * length, options.hidden, options.vocab, length)
-
-    machine = environment("cpu")
-    problem = Problem(case(options.length), "cpu")
-    ways, missing = competitors(from_logits=False, trl_columns=options.columns)
-    if missing:
-        print(f"cannot compare: {missing}", file=sys.stderr)
-        return 2
-    truth, bound = bounds(problem)
-    errors = {name: way_errors(way, problem, truth) for name, way in ways.items()}
-    wrong = rejected(errors["linear_loss"], bound)
-    if wrong:
-        print(f"not reported: {wrong}", file=sys.stderr)
-        return 1
-    del truth
-    # a bare product for each GEMM, too
-    bare, _ = floors(problem, "cpu")
-    calls = {name: step(way, problem) for name, way in ways.items()} | {"gemms": bare["gemms"]}
-    times = interleaved(calls, "cpu", options.seconds)
-    measured = {name: summary(times[name]) | memory(way, problem, "cpu") for name, way in ways.items()}
-    rows = {name: row | {"errors": errors[name]} for name, row in measured.items()}
-    result = {
-        "environment": machine,
-        "case": problem.case.name,
-        "trl_columns": options.columns,
-        "ways": rows,
-        "bare_gemms": summary(times["gemms"]),
-        "error_bounds": bound,
-    }
-    ours, trl = rows["linear_loss"], rows["trl"]
-    checks = {
-        "time": [ours["ms"] / trl["ms"], MOST_TIME],
-        "memory": [ours["scratch_bytes"] / trl["scratch_bytes"], MOST_MEMORY],
-    }
-    if options.long:
-        del problem
-        grown = memory(ways["linear_loss"], Problem(case(options.long), "cpu"), "cpu")["scratch_bytes"]
-        result["scratch_bytes_long"] = grown
-        checks["growth"] = [grown / ours["scratch_bytes"], MOST_GROWTH + MOST_GROWTH_BYTES / ours["scratch_bytes"]]
-    result["checks"] = {
-        name: {"ratio": got, "most": most, "holds": got <= most} for name, (got, most) in checks.items()
-    }
-    for name, row in rows.items():
-        worst = max(row["errors"]["hidden"], row["errors"]["weight"])
-        print(
-            f"{name:20s}{row['ms']:10.1f} ms ({row['p20']:.1f} to {row['p80']:.1f})"
-            f"{row['scratch_bytes'] / MIB:10.1f} MiB scratch  gradient {worst:.1e}"
-        )
-    print(f"{'bare GEMMs':20s}{result['bare_gemms']['ms']:10.1f} ms")
-    for name, check in result["checks"].items():
-        print(f"{name:8s} {check['ratio']:.3f} (at most {check['most']:.3f}) {'holds' if check['holds'] else 'MISSED'}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(check["holds"] for check in result["checks"].values()) else 1
+    pair = Case(2 * options.length, options.hidden, options.vocab, options.length)
+    report: dict[str, Any] = {"environment": environment("cpu"), "trl_columns": options.columns, "results": []}
+    missed = False
+    for case in (pair, replace(pair, loss="dapo"), replace(pair, frozen=True)):
+        try:
+            result = run_case(case, "cpu", options.seconds, METHODS, options.columns)
+        except ArithmeticError as error:
+            print(f"{case.name}: {error}", file=sys.stderr)
+            return 1
+        print(table(result), flush=True)
+        if "trl" not in result["methods"]:
+            print(f"cannot compare: {result['absent']}", file=sys.stderr)
+            return 2
+        result["checks"] = checks(result)
+        if case == pair and options.long:
+            scratch = result["methods"]["linear_loss"]["scratch_bytes"]
+            result["checks"]["growth"] = growth(case, options.long, scratch)
+        report["results"].append(result)
+        for name, found in result["checks"].items():
+            verdict = "holds" if found["holds"] else "MISSED"
+            print(f"  {name:8s} {found['ratio']:.3f} x (at most {found['most']:.3f} x) {verdict}", flush=True)
+            missed |= not found["holds"]
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ A case is reported only if this project's results pass the accuracy check; the e
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.accuracy import allowed, errors, rejected
-from bench.measure import interleaved, large_copy, summary
 from bench.rows import NEGATIVE, RowCase, RowProblem, competitors
-from bench.runner import main
+from fused_po.bench.accuracy import allowed, errors, rejected
+from fused_po.bench.measure import interleaved, large_copy, summary
+from fused_po.bench.runner import run_cases
 from fused_po.kernels.select import BACKENDS
 
 WHAT = ("logp", "logp+entropy", "tile")
@@ -49,6 +52,7 @@ def run(case: RowCase, device: str, seconds: float) -> dict[str, Any]:
     ways, absent = competitors(problem, device)
     found: dict[str, dict[str, float]] = {}
     for name in list(ways):
+        problem.poison()
         try:
             got = problem.sample(ways[name](problem))
         except Exception as error:
@@ -91,5 +95,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="few cases, small ones on a CPU")
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long to repeat each case")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no case is begun")
+    parser.add_argument("--commit", help="recorded; default what git says")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    return run_cases(
+        cases(options.device, options.quick),
+        partial(run, device=options.device, seconds=options.seconds),
+        table,
+        options.device,
+        output=options.output,
+        commit=options.commit,
+        stop_after=options.stop_after,
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, run, table))
+    sys.exit(main())

@@ -5,8 +5,11 @@
 #   bench/gpu_check.sh OUTDIR
 #
 # Writes summary.txt, log.txt and JSON files to OUTDIR, ends in under nine minutes with a summary, and with status 1 if a
-# stage failed. PYTHON names the interpreter, COMMIT the commit where git can't tell; STAGES="build rows" takes only those,
-# ROWS_SECONDS and OPS_SECONDS give the two benchmarks another limit.
+# stage failed or a target of bench/targets.py is missed. Cases that the time doesn't reach are left out, and their
+# targets "not run". PYTHON names the interpreter, COMMIT the commit where git can't tell; STAGES="build rows" takes only
+# those; ROWS_SECONDS, TARGETS_SECONDS and PAIRS_SECONDS give the benchmarks another limit: for all targets take
+# STAGES="targets pairs checks" TARGETS_SECONDS=420 PAIRS_SECONDS=100. STAGES=tune, which is not among those taken unasked,
+# measures block sizes twice for bench/tune.py --write.
 # DEVICE=cpu takes the same stages with small cases on a CPU (where tests for a GPU are skipped), to check this script.
 set -u
 
@@ -18,7 +21,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
-stages=" ${STAGES:-machine build tests sanitize rows ops} "
+stages=" ${STAGES:-machine build tests sanitize rows targets pairs checks} "
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # a build of these sources, whatever this machine built before
@@ -82,17 +85,17 @@ if wanted tests; then
   files+=(tests/kernels/test_shards.py)
   workers=()
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  stage tests 150 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+  stage tests 120 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
     --continue-on-collection-errors --durations=10 "${files[@]}"
   # the operations once more on the backend that did not come first
-  stage tests-triton 50 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+  stage tests-triton 40 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
     tests/gpu/test_ops.py
 fi
 
 if wanted sanitize; then
   if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      stage "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
+      stage "$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
     done
   else
     note "sanitize: not run, $([ "$device" = cuda ] && echo "compute-sanitizer is not installed" || echo "needs a GPU")"
@@ -101,14 +104,29 @@ fi
 
 cases=()
 [ "$device" = cpu ] && cases=(--seconds 0.3)
-limit=${ROWS_SECONDS:-65}
+limit=${ROWS_SECONDS:-35}
 wanted rows && stage rows "$limit" "$python" -m bench.bench_rows --quick --seconds 1.5 --device "$device" \
   --commit "${COMMIT:-}" --stop-after $((limit * 2 / 3)) --output "$out/rows.json" "${cases[@]+"${cases[@]}"}"
 
-[ "$device" = cpu ] && cases+=(--quick)
-limit=${OPS_SECONDS:-90}
-wanted ops && stage ops "$limit" "$python" -m bench.bench_ops --device "$device" --commit "${COMMIT:-}" \
-  --stop-after $((limit * 2 / 3)) --output "$out/ops.json" "${cases[@]+"${cases[@]}"}"
+limit=${TARGETS_SECONDS:-135}
+wanted targets && stage targets "$limit" "$python" -m fused_po bench --cases targets --seconds 1 --device "$device" \
+  --commit "${COMMIT:-}" --stop-after $((limit * 4 / 5)) --output "$out/targets.json" "${cases[@]+"${cases[@]}"}"
+
+# what needs the logits of the long pair has no place
+limit=${PAIRS_SECONDS:-40}
+wanted pairs && stage pairs "$limit" "$python" -m fused_po bench --cases pairs --methods linear_loss trl --seconds 1 \
+  --device "$device" --commit "${COMMIT:-}" --stop-after $((limit * 4 / 5)) --output "$out/pairs.json" \
+  "${cases[@]+"${cases[@]}"}"
+
+if wanted tune; then
+  for run in first second; do
+    # interpreted where there is no GPU
+    stage "tune-$run" 240 env TRITON_INTERPRET="$([ "$device" = cpu ] && echo 1 || echo 0)" "$python" -m bench.tune --device "$device" --commit "${COMMIT:-}" --stop-after 200 \
+      --seconds "$([ "$device" = cpu ] && echo 0.1 || echo 2)" --output "$out/tune-$run.json"
+  done
+fi
+
+wanted checks && stage checks 20 "$python" -m bench.targets "$out/targets.json" "$out/pairs.json"
 
 echo "== summary"
 cat "$out/summary.txt"

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fused_po.cli import doctor, study, train
+from fused_po.cli import bench, doctor, profile, study, train
 
 __all__ = ["main"]
 
@@ -16,13 +16,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 1 where ``--compare`` found a disagreement, the training diverged or a backend failed its self-test; 2 for
-        bad input; 130 after Ctrl-C.
+        0; 1 where ``--compare`` found a disagreement, the training diverged, a backend failed its self-test, or a case
+        of ``bench`` or a seed of ``study`` failed; 2 for bad input; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="fused-po", description="Preference optimization in one fused pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     train.add_parser(commands)
     study.add_parser(commands)
+    bench.add_parser(commands)
+    profile.add_parser(commands)
     doctor.add_parser(commands)
     arguments = parser.parse_args(argv)
     # torch's own remarks on profiled memory are for its developers

@@ -8,6 +8,7 @@ from fused_po.diagnostics.checkpoints import alignment_over_checkpoints, check_c
 from fused_po.diagnostics.dynamics import Dynamics, Histogram, learning_dynamics
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.diagnostics.parts import Examples
+from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
 
 if TYPE_CHECKING:
     from fused_po.diagnostics.callback import GradientAlignmentCallback
@@ -18,12 +19,15 @@ __all__ = [
     "Examples",
     "GradientAlignmentCallback",
     "Histogram",
+    "MemoryPrediction",
     "alignment_over_checkpoints",
     "by_layer",
     "check_checkpoints",
     "gradient_alignment",
+    "largest_length",
     "learning_dynamics",
     "peak_memory",
+    "predict_memory",
 ]
 
 

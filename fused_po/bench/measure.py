@@ -9,24 +9,46 @@ import subprocess
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.cases import Problem
-from bench.ways import Way
-from fused_po.diagnostics import peak_memory
+from fused_po import __version__
+from fused_po.bench.cases import Problem
+from fused_po.bench.methods import Method
+from fused_po.diagnostics.memory import peak_memory
+
+__all__ = [
+    "FLOOR_ROWS",
+    "Call",
+    "environment",
+    "floors",
+    "interleaved",
+    "large_copy",
+    "memory",
+    "once",
+    "step",
+    "summary",
+]
 
 Call = Callable[[], Any]
+PACKAGES = ("triton", "trl", "transformers", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+# rows of the bare products; more of them run at the same rate
+FLOOR_ROWS = 8192
+# seconds
+LONG_TURN = 2.0
 
 
-def step(way: Way, problem: Problem) -> Call:
+def step(method: Method, problem: Problem) -> Call:
     """Forward and backward; the gradients remain until the next call."""
+
+    problem = method.problem(problem)
 
     def call() -> None:
         for leaf in problem.leaves:
             leaf.grad = None
-        way(problem)[0].backward()
+        method.call(problem)[0].backward()
 
     return call
 
@@ -52,12 +74,15 @@ def once(call: Call, device: str, ahead: bool = False) -> float:
 def interleaved(
     calls: dict[str, Call], device: str, seconds: float, most: int = 30, ahead: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, for about so many seconds and at least five turns after a warm-up."""
+    """Seconds of each call, in turns, for about so many seconds after a warm-up: at least five turns, three if a turn
+    takes seconds.
+    """
     for call in calls.values():
         call()
     turn = sum(once(call, device) for call in calls.values())
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(5, min(most, int(seconds / turn)))):
+    least = 5 if turn < LONG_TURN else 3
+    for _ in range(max(least, min(most, int(seconds / turn)))):
         for name, call in calls.items():
             times[name].append(once(call, device, ahead))
     return times
@@ -70,17 +95,35 @@ def summary(times: list[float]) -> dict[str, Any]:
     return {name: round(1000 * value, 4) for name, value in numbers.items()} | {"repeats": len(times)}
 
 
-def memory(way: Way, problem: Problem, device: str) -> dict[str, int]:
-    """Bytes at the peak above what was alive before, and how much of that is not a gradient that remains."""
+def memory(method: Method, problem: Problem, device: str) -> dict[str, int]:
+    """Bytes of one forward and backward above what was alive before.
+
+    ``peak_bytes``; ``scratch_bytes``: how much of that is not a gradient that remains; ``tile_bytes``, of methods that
+    hold tiles of the logits: how much is neither that nor the one dW in float32.
+    """
+    problem = method.problem(problem)
+    peak = _peak(lambda: method.call(problem)[0].backward(), problem, device)
+    gradients = [leaf.grad.nbytes for leaf in problem.leaves if leaf.grad is not None]
+    found = {"peak_bytes": peak, "scratch_bytes": peak - sum(gradients)}
+    if not method.tiled:
+        return found
+    if problem.case.from_logits or problem.case.frozen or problem.case.dtype.itemsize >= 4:
+        return found | {"tile_bytes": found["scratch_bytes"]}
+    # dW is rounded in the backward: before that there is the accumulator, after it both
+    accumulator = 4 * problem.weight.numel()
+    forward = _peak(lambda: method.call(problem), problem, device)
+    tiles = max(forward - gradients[0], peak - sum(gradients)) - accumulator
+    return found | {"tile_bytes": max(0, tiles)}
+
+
+def _peak(call: Call, problem: Problem, device: str) -> int:
     for leaf in problem.leaves:
         leaf.grad = None
-    peak = peak_memory(lambda: way(problem)[0].backward(), device)
-    remains = sum(leaf.grad.nbytes for leaf in problem.leaves if leaf.grad is not None)
-    return {"peak_bytes": peak, "scratch_bytes": peak - remains}
+    return peak_memory(call, device)
 
 
 def floors(problem: Problem, device: str) -> tuple[dict[str, Call], int]:
-    """What no way can beat: the bare products of the case over at most 8192 of its rows, and a large copy.
+    """What no method can beat: the bare products of the case over at most ``FLOOR_ROWS`` of its rows, and a large copy.
 
     Also the bytes that the copy reads and writes.
     """
@@ -88,7 +131,7 @@ def floors(problem: Problem, device: str) -> tuple[dict[str, Call], int]:
     calls: dict[str, Call] = {"copy": copy}
     case = problem.case
     if case.gemms:
-        hidden = problem.hidden.detach().flatten(0, 1)[:8192]
+        hidden = problem.hidden.detach().flatten(0, 1)[:FLOOR_ROWS]
         weight = problem.weight.detach()
         tile = hidden @ weight.t()
 
@@ -111,8 +154,8 @@ def large_copy(device: str) -> tuple[Call, int]:
 
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
-    """What the numbers depend on besides the code; ``commit`` is recorded where git can't tell."""
-    packages = {name: _version(name) for name in ("triton", "trl", "transformers", "liger-kernel", "quack-kernels")}
+    """What the numbers depend on besides the code; ``commit`` None: what git says."""
+    packages = {name: _version(name) for name in PACKAGES}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -121,16 +164,23 @@ def environment(device: str, commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": _commit() or commit or None,
+        "fused_po": __version__,
+        "commit": commit or _commit(),
     } | packages
 
 
 def _commit() -> str | None:
+    """Of the repository that this file is kept in; the folder may be in another's, as that of an environment is."""
     try:
-        call = ["git", "describe", "--always", "--dirty", "--match="]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--match=")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _version(package: str) -> str | None:

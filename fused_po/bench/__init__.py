@@ -1,0 +1,1 @@
+"""The benchmark behind ``fused-po bench``: cases, methods and peers, the accuracy check, floors, results as JSON."""

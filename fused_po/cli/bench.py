@@ -1,0 +1,83 @@
+"""``fused-po bench``: time, memory and errors of this project's operations beside their peers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fused_po.cli.arguments import positive
+
+__all__ = ["add_parser"]
+
+_EPILOG = """\
+Methods take turns within a case, with the bare matrix products of the same case; what is not installed, or cannot run
+a case, is listed with the reason. Each result is compared with float64 first. The exit status is 1 if a result of this
+project is over its bound (the case is not reported then) or a case failed.
+Cases: quick (default), full, targets, pairs, or names and patterns of names ('*dapo*'); --list prints them.
+Methods: ours, peers, or names: linear_loss, linear_token_stats, token_stats, eager, compile, trl, liger, liger_ce, cce,
+torch_lce, quack; 'linear_loss[triton]' names a backend that is not the first choice.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to ``argparse`` subparsers."""
+    parser = commands.add_parser(
+        "bench",
+        help="time and memory beside bare GEMMs, TRL, Liger and others",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--cases", nargs="+", default=["quick"], metavar="CASE", help="groups, names or patterns, default quick")
+    add("--methods", nargs="+", metavar="METHOD", help="default: all")
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add("--seconds", type=positive(float), default=6.0, help="how long to repeat a case, default 6; at least 5 turns")
+    add("--stop-after", type=positive(float), default=1e9, metavar="SECONDS", help="begin no case after these")
+    add("--commit", help="recorded; default what git says")
+    add("--output", type=Path, metavar="FILE", help="JSON with all figures, written after each case")
+    add("--list", action="store_true", help="print the cases and stop")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the arguments, then measure.
+
+    Returns:
+        0, 1 if a case failed, 130 after Ctrl-C.
+
+    Raises:
+        ValueError: unknown cases or methods, or a device that is not there.
+    """
+    import torch
+
+    from fused_po.bench.cases import choose, groups
+    from fused_po.bench.compare import run_case, table
+    from fused_po.bench.methods import check_names
+    from fused_po.bench.runner import run_cases
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = choose(arguments.cases, device)
+    if arguments.list:
+        print(
+            "\n".join(f"{group}:\n  " + "\n  ".join(c.name for c in found) for group, found in groups(device).items())
+        )
+        return 0
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU; fused-po doctor says more")
+    check_names(arguments.methods or ())
+    if arguments.output is not None and arguments.output.is_dir():
+        raise ValueError(f"--output {arguments.output} is a folder: the name of a JSON file is wanted")
+    try:
+        return run_cases(
+            cases,
+            lambda case: run_case(case, device, arguments.seconds, arguments.methods),
+            table,
+            device,
+            output=arguments.output,
+            commit=arguments.commit,
+            stop_after=arguments.stop_after,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the output holds the cases before")
+        return 130
