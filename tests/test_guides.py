@@ -39,9 +39,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# what they show runs inside a package whose pins fit into no environment of ours
+ELSEWHERE = {"axolotl", "llamafactory"}
+
+
 def test_there_are_scripts() -> None:
     pages = {name.rpartition("-")[0] for name in SCRIPTS}
-    assert pages == {page.stem for page in (ROOT / "docs" / "guides").glob("*.md")} and len(SCRIPTS) >= 8
+    assert pages == {page.stem for page in (ROOT / "docs" / "guides").glob("*.md")} - ELSEWHERE and len(SCRIPTS) >= 12
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fused_po.ops import linear_token_stats
-from fused_po.ops.checks import IGNORE
 from fused_po.stats import Stats
 
 __all__ = ["HeadParameters", "base_and_head", "hidden_and_head", "token_stats_of"]
@@ -119,10 +118,8 @@ def token_stats_of(
         outputs: names of statistics.
     """
     backbone, head = hidden_and_head(model)
-    # the last position is left out by its label: a slice of the hidden states would be copied
-    padded = nn.functional.pad(labels, (0, 1), value=IGNORE)
-    found = linear_token_stats(backbone(**inputs), head.weight, padded, outputs=tuple(outputs), **head.options)
-    return Stats(**{name: value[:, :-1] for name, value in found.present().items()})
+    hidden = backbone(**inputs)[:, :-1]  # (B, S - 1, H)
+    return linear_token_stats(hidden, head.weight, labels, outputs=tuple(outputs), **head.options)
 
 
 def _logit_scale(kind: Any, config: Any) -> float:

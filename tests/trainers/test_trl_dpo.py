@@ -64,6 +64,5 @@ def test_kto(case, tmp_path):
 
 
 def test_sft(tmp_path):
-    settings = {"loss_type": "chunked_nll"}
-    theirs = run("sft", SFTTrainer, tmp_path, **settings)
-    assert_same(run("sft", SFTTrainer, tmp_path, enable=True, **settings), theirs)
+    theirs = run("sft", SFTTrainer, tmp_path)
+    assert_same(run("sft", SFTTrainer, tmp_path, enable=True), theirs)

@@ -184,13 +184,6 @@ def test_models_through_the_head(name, autocast):
         assert (my_gradients[parameter] - grad).norm() <= bound, parameter
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Granite", "Mixtral"])
-def test_models_in_one_pass(name, tmp_path):
-    size = len(TOKENIZER)
-    theirs = run("dpo", DPOTrainer, tmp_path, model=lambda: build(name, vocab=size))
-    assert_same(run("dpo", FusedDPOTrainer, tmp_path, model=lambda: build(name, vocab=size)), theirs)
-
-
 def test_a_batch_without_labels_keeps_the_graph():
     model = tiny()
     utils.add_fused_lm_head(model, outputs=OUTPUTS)

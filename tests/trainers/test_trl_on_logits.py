@@ -25,9 +25,9 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fused_po.trainers import trl as hooks
+from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.loading import load_tokenizer
 from fused_po.trainers.trl import hook, older
-from fused_po.trainers.trl.deferred import DeferredLogits, deferring
 
 VERSION = tuple(int(part) for part in version("trl").split(".")[:2])
 BEFORE = VERSION < (1, 15)
@@ -138,6 +138,11 @@ def run(kind: str, folder: Any, enable: bool, *, lora: bool = False, gemma: bool
             wanted |= {"max_new_tokens": 8, "max_length": 64, "missing_eos_penalty": None}
         else:
             wanted |= {"num_generations": 4, "max_completion_length": 8, "num_iterations": 2, "temperature": 0.9}
+            if settings.get("beta"):
+                # its reference is read from where the policy is
+                model.save_pretrained(folder / "policy")
+                model.config._name_or_path = str(folder / "policy")
+                perturbed(model)
     if kind in ("dpo", "kto", "online_dpo") and not lora:
         given["ref_model"] = perturbed(tiny(gemma=gemma))
     if lora:
@@ -215,8 +220,13 @@ OLD = [
     ("grpo", {"importance_sampling_level": "sequence"}),
     ("grpo", {"top_entropy_quantile": 0.5}),
     ("grpo", {"gemma": True}),
-    ("rloo", {}),
+    ("grpo", {"beta": 0.04}),
+    ("rloo", {"beta": 0.0}),
+    ("rloo", {"beta": 0.05}),
     ("sft", {}),
+    ("sft", {"loss_type": "nll"}),
+    ("sft", {"gradient_accumulation_steps": 2}),
+    ("sft", {"gemma": True}),
 ]
 
 
@@ -235,9 +245,36 @@ if BEFORE:
     def test_before_1_15(kind, settings, tmp_path):
         known = inspect.signature(classes(kind)[1].__init__).parameters
         missing = settings.keys() - known - {"lora", "gemma"}
+        loss_type = settings.get("loss_type")
+        if kind == "grpo" and loss_type and f'"{loss_type}"' not in inspect.getsource(place(kind)):
+            missing.add(loss_type)
         if missing:
             pytest.skip(f"TRL {version('trl')} has no {', '.join(missing)}")
         compare(kind, tmp_path, **settings)
+
+    def test_metrics_of_sft_get_logits(tmp_path):
+        def measure(predictions: Any) -> dict[str, float]:
+            return {"mean": float(predictions.predictions.mean())}
+
+        trainer, config = classes("sft")
+        rows = Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS[:4]])
+        quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+        if "loss_type" in inspect.signature(config.__init__).parameters:
+            # the default of later versions has no logits at all
+            quiet["loss_type"] = "nll"
+        made = trainer(
+            model=tiny(),
+            args=config(output_dir=str(tmp_path), **quiet),
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=TOKENIZER,
+            compute_metrics=measure,
+        )
+        want = made.evaluate()
+        with hooks.enable():
+            got = made.evaluate()
+            assert hooks.calls() > 0
+        assert got["eval_mean"] == pytest.approx(want["eval_mean"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
@@ -251,7 +288,7 @@ def test_no_logits_are_made_for_the_loss(kind, tmp_path, monkeypatch):
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch, tmp_path):
-    from fused_po.trainers.trl import deferred
+    from fused_po.trainers import deferred
 
     original = deferred.linear_token_stats
 
@@ -293,104 +330,3 @@ def test_without_the_functions_nothing_is_changed(monkeypatch):
         hooks.enable()
     monkeypatch.undo()
     assert not hooks.is_enabled()
-
-
-# deferred logits are logits, whatever is done with them
-
-LAYER = nn.Linear(16, 11)
-HIDDEN = torch.randn(2, 5, 16)
-LABELS = torch.randint(11, (2, 5))
-CHANGES = {
-    "slice": lambda z: z[:, 1:-1],
-    "ellipsis": lambda z: z[..., :-1, :],
-    "one class": lambda z: z[:, :, 3],
-    "mask": lambda z: z[LABELS > 4],
-    "new axis": lambda z: z[None],
-    "scaled": lambda z: z / 0.7,
-    "scaled twice": lambda z: (2 * z) * 0.3,
-    "capped": lambda z: torch.tanh(z / 3.0) * 3.0 / 0.9,
-    "by a tensor": lambda z: z * torch.linspace(1, 2, 11),
-    "chunk": lambda z: z.chunk(2, dim=0)[1],
-    "chunk of classes": lambda z: z.chunk(2, dim=-1)[1],
-    "flat": lambda z: torch.flatten(z, end_dim=1),
-    "view": lambda z: z.view(-1, z.shape[-1]),
-    "view of classes": lambda z: z.view(2, 55),
-    "double": lambda z: z.to(torch.float64),
-    "mean": lambda z: z.detach().mean(),
-    "mean of classes": lambda z: z.detach().mean(-1),
-    "mean of tokens": lambda z: z.mean(1),
-    "argmax": lambda z: z.argmax(-1),
-    "log_softmax": lambda z: z.log_softmax(-1) + 0.0,
-    "take_along_dim": lambda z: torch.take_along_dim(z.log_softmax(-1), LABELS[..., None], dim=2),
-    "gather": lambda z: z.log_softmax(-1).gather(-1, LABELS[..., None]),
-    "logsumexp": lambda z: torch.logsumexp(2 * nn.functional.log_softmax(z, dim=-1), dim=-1),
-    "cross entropy": lambda z: nn.CrossEntropyLoss()(z.view(-1, 11), LABELS.view(-1)),
-    "cross entropy, ignoring": lambda z: nn.CrossEntropyLoss(ignore_index=4)(z.view(-1, 11), LABELS.view(-1)),
-    "cross entropy, smoothed": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(z.view(-1, 11), LABELS.view(-1)),
-    "stack": lambda z: torch.stack([z, z + 1.0]),
-    "minus": lambda z: 1.0 - z,
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_deferred_logits_are_logits(name):
-    def result(logits: Any) -> Any:
-        found = CHANGES[name](logits)
-        return found.made() if hasattr(found, "made") else found
-
-    hidden = HIDDEN.clone().requires_grad_()
-    want = result(LAYER(hidden))
-    got = result(deferring(LAYER, {}, lambda: None)(hidden))
-    assert got.shape == want.shape and got.dtype == want.dtype
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    if want.requires_grad:
-        leaves = [hidden, *LAYER.parameters()]
-        for mine, truth in zip(
-            torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
-        ):
-            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["slice", "ellipsis", "scaled", "scaled twice", "capped", "flat", "view", "chunk"])
-def test_log_probs_and_entropies_follow_what_was_done(name):
-    found = CHANGES[name](deferring(LAYER, {}, lambda: None)(HIDDEN))
-    assert isinstance(found, DeferredLogits)
-    log_p = CHANGES[name](LAYER(HIDDEN)).log_softmax(-1)
-    labels = torch.zeros(log_p.shape[:-1], dtype=torch.int64)
-    torch.testing.assert_close(found.logp(labels), log_p[..., 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.entropy(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
-
-
-def test_changes_in_place_are_kept_or_refused():
-    logits = deferring(LAYER, {}, lambda: None)(HIDDEN)
-    logits.div_(0.5)
-    logits /= 2.0
-    torch.testing.assert_close(logits.made(), LAYER(HIDDEN))
-    with pytest.raises(TypeError, match="can't be changed in place by clamp_"):
-        logits.clamp_(0.0)
-    with pytest.raises(TypeError, match="item assignment"):
-        logits[0] = 0.0
-
-
-def test_the_mean_is_for_the_log():
-    hidden = HIDDEN.clone().requires_grad_()
-    found = deferring(LAYER, {}, lambda: None)(hidden).mean()
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        found.backward()
-
-
-@pytest.mark.parametrize("odd", ["hook", "adapter", "sharded", "data parallel"])
-def test_heads_that_are_left_to_trl(odd):
-    model: Any = tiny()
-    if odd == "hook":
-        model.lm_head.register_forward_hook(lambda *_: None)
-    elif odd == "adapter":
-        from peft import get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
-    elif odd == "sharded":
-        model.lm_head.weight.ds_id = 3
-    else:
-        model = nn.DataParallel(model)
-    assert older._output_layer(model) is None
-    assert older._output_layer(tiny()) is not None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from fused_po.ops import linear_token_stats
 from fused_po.stats import Stats
+from fused_po.trainers.switch import Enabled, Switch
 from fused_po.trainers.trl.older import EXPERIMENTAL, METHODS, Patches
 
 __all__ = ["Enabled", "FusedLogProbs", "calls", "disable", "enable", "enabled", "is_enabled"]
@@ -90,58 +90,25 @@ class FusedLogProbs:
         return tuple(getattr(found, name) for name in NAMES.values())
 
 
-class Enabled:
-    """What ``enable`` returns; as a context it restores at its end what it found."""
+def _install(count: Callable[[], None], *, on_logits: bool = True, **options: Any) -> Callable[[], None]:
+    found, utils = _installed()
+    one_place = found >= FIRST and all(hasattr(utils, name) for name in (NAME, GATHER))
+    patches = Patches(EXPERIMENTAL if one_place else tuple(METHODS), options, count)
+    if on_logits:
+        patches.install()
+    original = getattr(utils, NAME, None)
+    if one_place:
+        setattr(utils, NAME, FusedLogProbs(count, getattr(utils, GATHER), **options))
 
-    def __init__(self, before: dict[str, Any] | None) -> None:
-        self._before = before
-
-    def __enter__(self) -> Enabled:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is None:
-            disable()
-        else:
-            enable(**self._before)
-
-
-class _State:
-    """What is replaced.
-
-    Attributes:
-        options: of ``enable``.
-        calls: how many were answered.
-        original: TRL's function, where this version has the one place.
-        patches: of trainers on logits.
-    """
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options, self.calls = options, 0
-        self.original: Any = None
-        self.patches: Patches | None = None
-
-    def count(self) -> None:
-        self.calls += 1
-
-    def install(self, on_logits: bool = True) -> None:
-        found, utils = _installed()
-        one_place = found >= FIRST and all(hasattr(utils, name) for name in (NAME, GATHER))
-        trainers = EXPERIMENTAL if one_place else tuple(METHODS)
-        if on_logits:
-            self.patches = Patches(trainers, self.options, self.count)
-            self.patches.install()
+    def remove() -> None:
         if one_place:
-            self.original = getattr(utils, NAME)
-            setattr(utils, NAME, FusedLogProbs(self.count, getattr(utils, GATHER), **self.options))
+            setattr(utils, NAME, original)
+        patches.remove()
 
-    def remove(self) -> None:
-        if self.original is not None:
-            setattr(_installed()[1], NAME, self.original)
-        if self.patches is not None:
-            self.patches.remove()
+    return remove
+
+
+_SWITCH = Switch(_install)
 
 
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
@@ -163,50 +130,30 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
     Raises:
         ImportError: a TRL before 0.24, or one without the functions; nothing is changed.
     """
-    global _state
-    before = None if _state is None else _state.options
     _installed()
-    disable()
-    made = _State({"backend": backend, "scratch_bytes": scratch_bytes})
-    made.install()
-    _state = made
-    return Enabled(before)
+    return _SWITCH.enable(backend=backend, scratch_bytes=scratch_bytes)
 
 
 @contextmanager
 def enabled() -> Iterator[None]:
     """The one place within, whether or not it is enabled outside, whose options then count."""
-    global _state
-    if _state is not None:
+    with nullcontext() if is_enabled() else _SWITCH.enable(on_logits=False):
         yield
-        return
-    _state = _State({"backend": None, "scratch_bytes": None})
-    _state.install(on_logits=False)
-    try:
-        yield
-    finally:
-        disable()
 
 
 def disable() -> None:
     """Put TRL's own functions back; nothing happens where ``enable`` was not called."""
-    global _state
-    if _state is not None:
-        _state.remove()
-        _state = None
+    _SWITCH.disable()
 
 
 def is_enabled() -> bool:
     """Whether TRL's trainers take their log-probs from here."""
-    return _state is not None
+    return _SWITCH.on
 
 
 def calls() -> int:
     """How many calls of TRL's trainers were answered since ``enable``; 0 where it is not enabled."""
-    return 0 if _state is None else _state.calls
-
-
-_state: _State | None = None
+    return _SWITCH.calls
 
 
 def _installed() -> tuple[tuple[int, ...], Any]:

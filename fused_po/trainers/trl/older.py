@@ -1,24 +1,23 @@
 """Trainers that take log-probs from a model's logits: TRL 0.24 to 1.14, and CPO, ORPO and OnlineDPO of any version.
 
-Within the methods that call a model, its output layer returns ``DeferredLogits``; TRL's functions on logits know them.
-The model itself is called as ever, so wrappers and adapters behind the head work as they did.
+Their methods that call a model are wrapped (see ``logits``); TRL's functions on logits know what comes then.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.trl.deferred import DeferredLogits, deferring
+from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.logits import Methods
+from fused_po.trainers.trl import chunked_nll
 
 __all__ = ["EXPERIMENTAL", "METHODS", "Patches"]
 
@@ -31,7 +30,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     ),
     "GRPOTrainer": ("_get_per_token_logps_and_entropies",),
     "RLOOTrainer": ("_get_per_token_logps_and_entropies",),
-    "SFTTrainer": ("compute_loss",),
+    "SFTTrainer": ("compute_loss", "prediction_step"),
     "CPOTrainer": ("concatenated_forward",),
     "ORPOTrainer": ("concatenated_forward",),
     "OnlineDPOTrainer": ("_forward",),
@@ -50,7 +49,8 @@ class Patches:
     """
 
     def __init__(self, trainers: tuple[str, ...], options: Mapping[str, Any], count: Callable[[], None]) -> None:
-        self._trainers, self._options, self._count = trainers, options, count
+        self._trainers, self._methods = trainers, Methods(options, count)
+        self._options, self._count = options, count
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
@@ -66,12 +66,19 @@ class Patches:
             original = getattr(utils, name, None)
             if original is not None:
                 self._everywhere(name, original, make(original))
+        if "SFTTrainer" in self._trainers:
+            original = getattr(import_module("trl.trainer.sft_trainer"), chunked_nll.NAME, None)
+            if original is not None:
+                gather = utils.maybe_gather_lm_head_ctx
+                ours = chunked_nll.chunked_nll(original, gather, self._count, self._options)
+                self._everywhere(chunked_nll.NAME, original, ours)
         for trainer in self._loaded():
-            self._wrap(trainer)
+            self._methods.wrap(trainer, METHODS[trainer.__name__])
         self._follow()
 
     def remove(self) -> None:
         """Put everything back, and what has been imported meanwhile."""
+        self._methods.remove()
         for owner, name, original in reversed(self._replaced):
             if isinstance(owner, ModuleType):
                 for module in _trl_modules():
@@ -107,62 +114,11 @@ class Patches:
         def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
             for one in type(trainer).__mro__:
                 if one.__name__ in self._trainers and one.__module__.startswith("trl."):
-                    self._wrap(one)
+                    self._methods.wrap(one, METHODS[one.__name__])
             original(trainer, *args, **kwargs)
 
         Trainer.__init__ = init  # type: ignore[assignment, method-assign]
         self._replaced.append((Trainer, "__init__", original))
-
-    def _wrap(self, trainer: type) -> None:
-        for name in METHODS[trainer.__name__]:
-            original = vars(trainer).get(name)
-            if original is None or any(owner is trainer and name == one for owner, one, _ in self._replaced):
-                continue
-            setattr(trainer, name, self._within(original))
-            self._replaced.append((trainer, name, original))
-
-    def _within(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            given = [*args, *kwargs.values(), trainer.model, getattr(trainer, "ref_model", None)]
-            with ExitStack() as stack:
-                for model in given:
-                    if isinstance(model, nn.Module):
-                        stack.enter_context(_deferred(model, self._options, self._count))
-                return method(trainer, *args, **kwargs)
-
-        return call
-
-
-@contextmanager
-def _deferred(model: nn.Module, options: Mapping[str, Any], count: Callable[[], None]) -> Iterator[None]:
-    """The output layer of a model returns deferred logits within, where that can be done."""
-    layer = _output_layer(model)
-    if layer is None or "forward" in vars(layer):
-        yield
-        return
-    layer.forward = deferring(layer, options, count)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del layer.forward
-
-
-def _output_layer(model: nn.Module) -> nn.Linear | None:
-    """The head; None where it has an adapter, is sharded or compiled: TRL then makes logits as it does."""
-    found: Any = model
-    while isinstance(getattr(found, "module", None), nn.Module):
-        if type(found).__name__ in ("DataParallel", "FullyShardedDataParallel"):
-            return None
-        found = found.module
-    if isinstance(found, torch._dynamo.OptimizedModule):
-        return None
-    found = found.get_base_model() if hasattr(found, "get_base_model") else found
-    layer = found.get_output_embeddings() if hasattr(found, "get_output_embeddings") else None
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    sharded = hasattr(layer.weight, "ds_id") or hasattr(layer.weight, "full_tensor")
-    return None if sharded or layer.weight.ndim != 2 else layer
 
 
 def _trl_modules() -> list[ModuleType]:

@@ -107,9 +107,18 @@ class _Connect(torch.autograd.Function):
 
 
 class Policy:
-    """The wrapped model as TRL's ``_compute_loss`` sees it: its first call with a fused head is the one pass."""
+    """The wrapped model as TRL's ``_compute_loss`` sees it: its first call with a fused head is the one pass.
+
+    Raises:
+        ValueError: ``torch.nn.DataParallel``, whose replicas see parts of the batch that the loss must see whole.
+    """
 
     def __init__(self, model: Any, call: OnePass) -> None:
+        if isinstance(model, torch.nn.DataParallel):
+            raise ValueError(
+                "DataParallel hands each replica a part of the pairs: start with accelerate launch or torchrun, or "
+                "use TRL's own trainer with fused_po.trainers.trl.enable()"
+            )
         self._model, self._call = model, call
         self._logp: Tensor | None = None
 

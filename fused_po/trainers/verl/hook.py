@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
+from fused_po.trainers.switch import Enabled, Switch
 from fused_po.trainers.verl import head
 
 __all__ = ["Enabled", "calls", "disable", "enable", "is_enabled"]
@@ -24,16 +24,20 @@ PLACES = (
 )
 
 
-class Enabled:
-    """What ``enable`` returns; as a context it calls ``disable`` at its end."""
+def _install(count: Callable[[], None], **options: Any) -> Callable[[], None]:
+    originals = _found()
+    ours = {place: _counting(count, place[1], options) for place in originals}
+    for place, original in originals.items():
+        _replace(*place, original, ours[place])
 
-    def __enter__(self) -> Enabled:
-        return self
+    def remove() -> None:
+        for place, original in originals.items():
+            _replace(*place, ours[place], original)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        disable()
+    return remove
+
+
+_SWITCH = Switch(_install)
 
 
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
@@ -50,44 +54,27 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
         scratch_bytes: as there, per call.
 
     Returns:
-        a context manager that disables at its end, if used as one.
+        a context manager that at its end puts back what was there before the call, if used as one.
 
     Raises:
         ImportError: no verl, or one without these places; nothing is changed.
     """
-    global _calls
-    originals = dict(_originals) or _found()
-    disable()
-    _originals.update(originals)
-    _calls = 0
-    options: dict[str, Any] = {"backend": backend, "scratch_bytes": scratch_bytes}
-    for (module, name), original in originals.items():
-        _installed[module, name] = _ours(name, options)
-        _replace(module, name, original, _installed[module, name])
-    return Enabled()
+    return _SWITCH.enable(backend=backend, scratch_bytes=scratch_bytes)
 
 
 def disable() -> None:
     """Put verl's own functions back; nothing happens where ``enable`` was not called."""
-    for (module, name), original in _originals.items():
-        _replace(module, name, _installed[module, name], original)
-    _originals.clear()
-    _installed.clear()
+    _SWITCH.disable()
 
 
 def is_enabled() -> bool:
     """Whether verl's fused functions are ours."""
-    return bool(_originals)
+    return _SWITCH.on
 
 
 def calls() -> int:
     """How many calls of verl were answered since ``enable``; 0 where it is not enabled."""
-    return _calls if is_enabled() else 0
-
-
-_originals: dict[tuple[str, str], Any] = {}
-_installed: dict[tuple[str, str], Any] = {}
-_calls = 0
+    return _SWITCH.calls
 
 
 def _found() -> dict[tuple[str, str], Any]:
@@ -106,30 +93,29 @@ def _found() -> dict[tuple[str, str], Any]:
     return found
 
 
-def _ours(name: str, options: dict[str, Any]) -> Any:
+def _counting(count: Callable[[], None], name: str, options: dict[str, Any]) -> Any:
     """What stands in a place, counting its calls."""
+
+    def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count()
+            return function(*args, **kwargs, **options)
+
+        return call
+
     if name == "linear_cross_entropy":
-        return _counted(head.linear_cross_entropy, options)
+        return counted(head.linear_cross_entropy, **options)
     if name == "FusedLinearForPPO":
 
         class Counted(head.FusedLinearForPPO):
             def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
                 super().__init__(chunk_size, impl_backend, **options)
 
-            forward = _counted(head.FusedLinearForPPO.forward, {})
+            forward = counted(head.FusedLinearForPPO.forward)
 
         return Counted
-    return _counted(head.forward_with_fused_po, {"kernel_options": options})
-
-
-def _counted(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        global _calls
-        _calls += 1
-        return function(*args, **kwargs, **options)
-
-    return call
+    return counted(head.forward_with_fused_po, kernel_options=options)
 
 
 def _replace(module: str, name: str, old: Any, new: Any) -> None:

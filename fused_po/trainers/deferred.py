@@ -1,26 +1,28 @@
 """Logits that are not there yet: what a head returns while a trainer works out log-probs.
 
-TRL before 1.15, and its experimental trainers, take log-probs from a model's logits. ``DeferredLogits`` stands for
-them: it remembers hidden states and head, follows slices, scales and soft caps, and answers log-probs, entropies and
-means from ``linear_token_stats``. Whatever else is asked of it makes the logits, so that nothing can come out wrong.
+Many trainers take log-probs from a model's logits. ``DeferredLogits`` stands for those: it remembers hidden states
+and head, follows slices, scales and soft caps, and answers log-probs, entropies and means from
+``linear_token_stats``. Whatever else is asked of it makes the logits, so that nothing can come out wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from operator import methodcaller
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fused_po.ops import linear_token_stats
 from fused_po.ops.checks import IGNORE
 
-__all__ = ["DeferredLogits"]
+__all__ = ["DeferredLogits", "Head", "made"]
 
 OUTPUTS = ("logp", "entropy", "mean_logit")
 # elements of logits at a time where they are looked at row by row
@@ -35,12 +37,19 @@ class Head:
         weight, bias: (V, H), (V,) or None.
         options: of ``linear_token_stats``.
         count: called once for each call of it.
+        autocast: the dtype of the autocast in which the model ran, over by the time that logits are asked for; None:
+            there was none.
     """
 
     weight: Tensor
     bias: Tensor | None
     options: Mapping[str, Any]
     count: Callable[[], None]
+    autocast: torch.dtype | None = None
+
+    def precision(self) -> AbstractContextManager[Any]:
+        kind = self.weight.device.type
+        return nullcontext() if self.autocast is None else torch.autocast(kind, dtype=self.autocast)
 
     def detach(self) -> Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
@@ -106,22 +115,26 @@ class DeferredLogits:
         return self._rows(lambda tensor: tensor[items])
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Any, ...]:
+        return self._parts("chunk", chunks, dim)
+
+    def split(self, split_size: Any, dim: int = 0) -> tuple[Any, ...]:
+        return self._parts("split", split_size, dim)
+
+    def _parts(self, method: str, size: Any, dim: int) -> tuple[Any, ...]:
+        cut: Any = methodcaller(method, size, dim % self.ndim)
         if dim % self.ndim == self.ndim - 1:
-            return self.made().chunk(chunks, dim)
-        known = {name: value.chunk(chunks, dim % self.ndim) for name, value in self.known.items()}
+            return tuple(cut(self.made()))
+        known = {name: cut(value) for name, value in self.known.items()}
         return tuple(
             replace(self, hidden=part, known={name: parts[i] for name, parts in known.items()})
-            for i, part in enumerate(self.hidden.chunk(chunks, dim % self.ndim))
+            for i, part in enumerate(cut(self.hidden))
         )
 
     def reshape(self, *shape: Any) -> Any:
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
         if not wanted or wanted[-1] != self.shape[-1]:
             return self.made().reshape(*shape)
-        lead = wanted[:-1]
-        hidden = self.hidden.reshape(*lead, self.hidden.shape[-1])
-        known = {name: value.reshape(hidden.shape[:-1]) for name, value in self.known.items()}
-        return replace(self, hidden=hidden, known=known)
+        return self._rows(lambda tensor: tensor.reshape((*wanted[:-1], *tensor.shape[self.ndim - 1 :])))
 
     view = reshape
 
@@ -182,15 +195,16 @@ class DeferredLogits:
         shape: dict[str, Any] = {"logit_scale": self.scale}
         if self.cap is not None:
             shape = {"softcap": self.cap, "logit_scale": self.scale * self.cap}
-        found = linear_token_stats(
-            lead,
-            self.head.weight,
-            labels.reshape(-1).contiguous(),
-            bias=self.head.bias,
-            outputs=OUTPUTS,
-            **shape,
-            **self.head.options,
-        )
+        with self.head.precision():
+            found = linear_token_stats(
+                lead,
+                self.head.weight,
+                labels.reshape(-1).contiguous(),
+                bias=self.head.bias,
+                outputs=OUTPUTS,
+                **shape,
+                **self.head.options,
+            )
         # a copy: trainers write into log-probs
         stats = {name: value.reshape(labels.shape).clone() for name, value in found.present().items()}
         self.known.update(stats)
@@ -209,13 +223,32 @@ class DeferredLogits:
         """Over the classes, or over everything; logged by trainers, so that a gradient through it is refused."""
         if args or kwargs or dim not in (None, -1, self.ndim - 1):
             return self.made().mean(dim, *args, **kwargs)
+        found = self._row_means()
+        return found.mean() if dim is None else found
+
+    def nansum(self, *args: Any, **kwargs: Any) -> Any:
+        """Over everything; logged by trainers, so that a gradient through it is refused."""
+        found = self._row_means().sum() * self.shape[-1]
+        if args or kwargs or not found.isfinite():
+            return self.made().nansum(*args, **kwargs)
+        return found
+
+    def _row_means(self) -> Tensor:
+        """The mean logit of each row, (...), in float32 or float64."""
+        weight, dtype = self.head.weight.detach(), torch.promote_types(self.hidden.dtype, torch.float32)
         if "mean_logit" in self.known:
             found = self.known["mean_logit"].detach()
+        elif self.cap is not None:
+            found = self._by_rows(lambda logits: logits.to(dtype).mean(-1))
         else:
-            found = self._by_rows(lambda logits: logits.float().mean(-1))
-        if self.requires_grad and torch.is_grad_enabled():
-            found = _Logged.apply(found, self.hidden)
-        return found.mean() if dim is None else found
+            # the mean of h W^T is h times the mean of W: no GEMM
+            mean = self.scale * weight.mean(0, dtype=dtype)
+            rows = self.hidden.detach().reshape(-1, weight.shape[1])
+            found = torch.cat([part.to(dtype) @ mean for part in rows.split(max(1, ROW_ELEMENTS // weight.shape[1]))])
+            found = found.reshape(self.shape[:-1])
+            if self.head.bias is not None:
+                found = found + self.scale * self.head.bias.detach().mean(dtype=dtype)
+        return _Logged.apply(found, self.hidden) if self.requires_grad and torch.is_grad_enabled() else found
 
     def argmax(self, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or dim not in (-1, self.ndim - 1):
@@ -243,7 +276,8 @@ class DeferredLogits:
         return self._logits(self.hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        found = F.linear(hidden, self.head.weight, self.head.bias)
+        with self.head.precision():
+            found = F.linear(hidden, self.head.weight, self.head.bias)
         found = found if self.scale == 1.0 else found * self.scale
         found = found if self.cap is None else torch.tanh(found) * self.cap
         return found if self.dtype is None else found.to(self.dtype)
@@ -265,7 +299,7 @@ class DeferredLogits:
             raise AttributeError(name)
         if name.endswith("_"):
             # it would change logits that are made for the moment
-            raise TypeError(f"deferred logits can't be changed in place by {name}: fused_po.trainers.trl.disable()")
+            raise TypeError(f"deferred logits can't be changed in place by {name}: disable() the fused path")
         return getattr(self.made(), name)
 
     @classmethod
@@ -276,7 +310,7 @@ class DeferredLogits:
             kwargs.pop("_stacklevel", None)
             kwargs = {name: value for name, value in kwargs.items() if name not in _LEGACY or value is not None}
             return getattr(args[0], method)(*args[1:], **kwargs)
-        args, kwargs = pytree.tree_map(_made, (args, kwargs))
+        args, kwargs = pytree.tree_map(made, (args, kwargs))
         return function(*args, **kwargs)
 
 
@@ -310,7 +344,7 @@ class _LogProbs:
             given = dict(zip(names, args, strict=False)) | kwargs
             if given.get("dim") is not None:
                 return given["input"].gather(given["dim"], given["indices"])
-        args, kwargs = pytree.tree_map(_made, (args, kwargs))
+        args, kwargs = pytree.tree_map(made, (args, kwargs))
         return function(*args, **kwargs)
 
 
@@ -329,17 +363,14 @@ class _Logged(torch.autograd.Function):
 # older names of reduction, which torch passes on as None
 _LEGACY = ("size_average", "reduce", "dtype")
 _METHODS = {
-    torch.tanh: "tanh",
-    torch.argmax: "argmax",
-    torch.mean: "mean",
-    torch.flatten: "flatten",
-    torch.log_softmax: "log_softmax",
+    **{getattr(torch, name): name for name in ("tanh", "argmax", "mean", "flatten", "chunk", "split", "log_softmax")},
     F.log_softmax: "log_softmax",
     F.cross_entropy: "cross_entropy",
 }
 
 
-def _made(value: Any) -> Any:
+def made(value: Any) -> Any:
+    """Logits that are there; what else is given."""
     return value.made() if isinstance(value, (DeferredLogits, _LogProbs)) else value
 
 
@@ -352,7 +383,7 @@ def _dimensions(item: Any) -> int:
 
 def _operator(name: str) -> Callable[..., Any]:
     def call(self: Any, *others: Any) -> Any:
-        return getattr(torch.Tensor, name)(self.made(), *(_made(other) for other in others))
+        return getattr(torch.Tensor, name)(self.made(), *(made(other) for other in others))
 
     return call
 
@@ -362,16 +393,6 @@ for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__neg__", "__pow__"
         setattr(_class, _name, _operator(_name))
 for _name in ("__mul__", "__rmul__", "__truediv__", "__getitem__"):
     setattr(_LogProbs, _name, _operator(_name))
-
-
-def deferring(layer: nn.Linear, options: Mapping[str, Any], count: Callable[[], None]) -> Callable[[Tensor], Any]:
-    """A ``forward`` for a model's output layer."""
-
-    def forward(hidden: Tensor) -> DeferredLogits:
-        head = Head(layer.weight, layer.bias, options, count)
-        return DeferredLogits(hidden, head, dtype=hidden.dtype)
-
-    return forward
 
 
 del _name, _class

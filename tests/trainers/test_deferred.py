@@ -1,0 +1,145 @@
+"""Logits that are not made until somebody needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.logits import Methods, deferring
+
+LAYER = nn.Linear(16, 11)
+HIDDEN = torch.randn(2, 5, 16)
+LABELS = torch.randint(11, (2, 5))
+CHANGES = {
+    "slice": lambda z: z[:, 1:-1],
+    "ellipsis": lambda z: z[..., :-1, :],
+    "one class": lambda z: z[:, :, 3],
+    "mask": lambda z: z[LABELS > 4],
+    "new axis": lambda z: z[None],
+    "scaled": lambda z: z / 0.7,
+    "scaled twice": lambda z: (2 * z) * 0.3,
+    "capped": lambda z: torch.tanh(z / 3.0) * 3.0 / 0.9,
+    "by a tensor": lambda z: z * torch.linspace(1, 2, 11),
+    "chunk": lambda z: z.chunk(2, dim=0)[1],
+    "chunk of classes": lambda z: z.chunk(2, dim=-1)[1],
+    "flat": lambda z: torch.flatten(z, end_dim=1),
+    "view": lambda z: z.view(-1, z.shape[-1]),
+    "view of classes": lambda z: z.view(2, 55),
+    "double": lambda z: z.to(torch.float64),
+    "split": lambda z: z.split(1, dim=0)[1],
+    "split of classes": lambda z: z.split([4, 7], dim=-1)[1],
+    "nansum": lambda z: (0.5 * z).detach().nansum(),
+    "nansum of classes": lambda z: z.detach().nansum(-1),
+    "mean": lambda z: z.detach().mean(),
+    "mean of capped": lambda z: torch.tanh(z / 3.0).detach().mean(-1),
+    "mean of classes": lambda z: z.detach().mean(-1),
+    "mean of tokens": lambda z: z.mean(1),
+    "argmax": lambda z: z.argmax(-1),
+    "log_softmax": lambda z: z.log_softmax(-1) + 0.0,
+    "take_along_dim": lambda z: torch.take_along_dim(z.log_softmax(-1), LABELS[..., None], dim=2),
+    "gather": lambda z: z.log_softmax(-1).gather(-1, LABELS[..., None]),
+    "logsumexp": lambda z: torch.logsumexp(2 * nn.functional.log_softmax(z, dim=-1), dim=-1),
+    "cross entropy": lambda z: nn.CrossEntropyLoss()(z.view(-1, 11), LABELS.view(-1)),
+    "cross entropy, ignoring": lambda z: nn.CrossEntropyLoss(ignore_index=4)(z.view(-1, 11), LABELS.view(-1)),
+    "cross entropy, smoothed": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(z.view(-1, 11), LABELS.view(-1)),
+    "stack": lambda z: torch.stack([z, z + 1.0]),
+    "minus": lambda z: 1.0 - z,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_deferred_logits_are_logits(name):
+    def result(logits: Any) -> Any:
+        found = CHANGES[name](logits)
+        return found.made() if hasattr(found, "made") else found
+
+    hidden = HIDDEN.clone().requires_grad_()
+    want = result(LAYER(hidden))
+    got = result(deferring(LAYER, {}, lambda: None)(hidden))
+    assert got.shape == want.shape and got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if want.requires_grad:
+        leaves = [hidden, *LAYER.parameters()]
+        for mine, truth in zip(
+            torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
+        ):
+            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["slice", "ellipsis", "scaled", "scaled twice", "capped", "flat", "view", "chunk", "split"]
+)
+def test_log_probs_and_entropies_follow_what_was_done(name):
+    found = CHANGES[name](deferring(LAYER, {}, lambda: None)(HIDDEN))
+    assert isinstance(found, DeferredLogits)
+    log_p = CHANGES[name](LAYER(HIDDEN)).log_softmax(-1)
+    labels = torch.zeros(log_p.shape[:-1], dtype=torch.int64)
+    torch.testing.assert_close(found.logp(labels), log_p[..., 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_autocast_of_the_model_is_remembered():
+    """accelerate leaves it before the trainer sees the logits."""
+    hidden = HIDDEN.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, want = deferring(LAYER, {}, lambda: None)(hidden), LAYER(hidden)
+    assert torch.equal(logits.made(), want.float())
+    assert torch.equal(logits.argmax(-1), want.argmax(-1))
+    found = logits.logp(LABELS)
+    # bfloat16 operands, and products that are not rounded to it
+    exact = (hidden.bfloat16().double() @ LAYER.weight.bfloat16().double().t() + LAYER.bias.double()).log_softmax(-1)
+    exact = exact.gather(-1, LABELS[..., None])[..., 0]
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
+    plain = LAYER(HIDDEN).log_softmax(-1).gather(-1, LABELS[..., None])[..., 0]
+    assert (found - plain).abs().max() > 1e-4
+
+
+def test_predictions_hold_logits_that_are_there():
+    """What a prediction step returns is gathered over ranks and handed to metrics, also where it is inherited."""
+
+    class Base:
+        def prediction_step(self, model, hidden):
+            return None, {"logits": model.lm_head(hidden)}, LABELS
+
+    class Trainer(Base):
+        def __init__(self, model):
+            self.model = model
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = LAYER
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    methods = Methods({}, lambda: None)
+    methods.wrap(Trainer, ("prediction_step",))
+    model = Model()
+    found = Trainer(model).prediction_step(model, HIDDEN)
+    assert type(found[1]["logits"]) is torch.Tensor
+    torch.testing.assert_close(found[1]["logits"], LAYER(HIDDEN))
+    methods.remove()
+    assert "prediction_step" not in vars(Trainer)
+
+
+def test_changes_in_place_are_kept_or_refused():
+    logits = deferring(LAYER, {}, lambda: None)(HIDDEN)
+    logits.div_(0.5)
+    logits /= 2.0
+    torch.testing.assert_close(logits.made(), LAYER(HIDDEN))
+    with pytest.raises(TypeError, match="can't be changed in place by clamp_"):
+        logits.clamp_(0.0)
+    with pytest.raises(TypeError, match="item assignment"):
+        logits[0] = 0.0
+
+
+def test_the_mean_is_for_the_log():
+    hidden = HIDDEN.clone().requires_grad_()
+    found = deferring(LAYER, {}, lambda: None)(hidden).mean()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        found.backward()
