@@ -35,10 +35,11 @@ def _start(rank: int, function, store: str, arguments) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
     )
-    try:
-        function(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+    function(rank, *arguments)
+    dist.destroy_process_group()
+    # torch.distributed.nn, imported on the way, holds the group as a default argument, and gloo's threads with it: they
+    # abort an interpreter that tidies up; what was raised before has been handed to the parent
+    os._exit(0)
 
 
 def shard(tensor: Tensor, rank: int) -> Tensor:
