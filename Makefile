@@ -30,9 +30,9 @@ format: $(VENV)/.development  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.development  ## time the operations, a few short cases, and one pair against TRL
+bench: $(VENV)/.development  ## time the operations, a few short cases, and three against TRL
 	mkdir -p bench-output
-	$(BIN)/python -m bench.bench_ops --quick --output bench-output/ops.json
+	$(BIN)/fused-po bench --cases quick --output bench-output/ops.json
 	$(BIN)/python -m bench.bench_rows --quick --output bench-output/rows.json
 	$(BIN)/python -m bench.bench_cpu_vs_trl --output bench-output/cpu_vs_trl.json
 

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_po"
 GENERATED = {"build", "dist", "bench-output", "demo-output"}
 
+# names that the package itself gives
+PUBLIC = set(fused_po.__all__)
+
 # parts of the package, and other packages, that each part may import beside itself and the standard library
 MAY_IMPORT = {
     "stats.py": {"torch"},
@@ -31,10 +34,15 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "filelock", "stats"},
     "distributed.py": {"torch", "kernels"},
     "ops": {"torch", "distributed", "stats", "kernels", "losses", "splits"},
-    "trainers": {"torch", "transformers", "tokenizers", "peft", "trl", "stats", "losses", "splits", "ops"},
+    "trainers": {
+        *("torch", "transformers", "tokenizers", "peft", "trl", "axolotl"),
+        *("stats", "losses", "splits", "ops"),
+    },
     "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
+    # a peer is imported by name, where it is installed
+    "bench": {"torch", "losses", "kernels", "ops", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
-        *("torch", "transformers", "tokenizers", "matplotlib", "jinja2"),
+        *("torch", "transformers", "tokenizers", "matplotlib", "jinja2", "scipy"),
         *("advantages", "losses", "splits", "ops", "trainers", "diagnostics", "fused_po"),
     },
 }
