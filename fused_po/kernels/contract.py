@@ -34,7 +34,8 @@ from fused_po.stats import STATISTICS, Stats
 __all__ = ["ANCHORS", "PARTIALS", "Coefficients", "Span", "Transform", "accumulation_dtype", "finish", "merge"]
 
 # rows of the partials tensor: max and sum of e^{z-max} over the classes other than the target, the target's logit,
-# sum e^{z-max}(z-max), sum e^{2(z-max)}, sum of z over all classes, max over the classes before the target
+# sum e^{z-max}(z-max), sum e^{2(z-max)}, sum of z over all classes; before says who wins a tie: it is the max over the
+# classes before the target, or just max where there are such classes and none of the columns ties with the target
 PARTIALS = ("max", "sum", "target", "weighted", "square", "total", "before")
 
 

@@ -176,9 +176,9 @@ def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...], buffers: _Buffers
     if "mean_logit" in outputs:
         partials[5] = z.sum(1)
     z.scatter_(1, column, torch.where(here, -torch.inf, at_column).unsqueeze(1))
-    if "is_top1" in outputs:
-        partials[6] = _before(z, local, buffers)
     top = z.amax(1)
+    if "is_top1" in outputs:
+        partials[6] = _before(z, local, top, here & (at_column == top), buffers)
     shift = torch.where(top == -torch.inf, 0.0, top).unsqueeze(1)
     if "entropy" in outputs:
         log_p = torch.sub(z, shift, out=buffers.second[:count])
@@ -195,13 +195,15 @@ def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...], buffers: _Buffers
     return partials
 
 
-def _before(z: Tensor, local: Tensor, buffers: _Buffers) -> Tensor:
-    """The largest logit of the classes before each label (R,), -inf where there are none."""
+def _before(z: Tensor, local: Tensor, top: Tensor, tied: Tensor, buffers: _Buffers) -> Tensor:
+    """What decides ties in favour of the classes before each label (R,), -inf where there are none."""
     lowest = z.new_full((), -torch.inf)
     if z.device.type == "cpu":
-        # half of each row is read on average, and no mask is written
-        stops = local.clamp(0, z.shape[1]).tolist()
-        return torch.stack([row[:stop].amax() if stop else lowest for row, stop in zip(z, stops, strict=True)])
+        # rows are read again where a tie has to be decided, and nowhere else
+        found = torch.where(local > 0, top, lowest)
+        for row in tied.nonzero().flatten().tolist():
+            found[row] = z[row, : int(local[row])].amax() if local[row] > 0 else lowest
+        return found
     behind = torch.ge(buffers.columns, local.unsqueeze(1), out=buffers.mask[: z.shape[0]])
     return torch.where(behind, lowest, z, out=buffers.second[: z.shape[0]]).amax(1)
 

@@ -43,6 +43,21 @@ def test_shards_of_the_vocabulary_merge_to_the_whole(backend, device, cuts, seed
 
 
 @backends
+def test_ties_across_shards_belong_to_the_first_class(backend, device):
+    interpreted_or_skip(backend, device)
+    torch.manual_seed(0)
+    x = torch.randint(0, 3, (64, 12), device=device).float()
+    labels, transform = torch.arange(64, device=device) % 12, CASES["flat"].make(torch.float32).transform
+    for cuts in ([], [1], [5], [3, 4, 9]):
+        shards = [
+            library.row_stats(x[:, first:last].clone(), labels, transform, Span(first, last), ("is_top1",), backend)
+            for first, last in itertools.pairwise([0, *cuts, 12])
+        ]
+        stats, _ = finish(merge(torch.stack(shards)), labels, 12, ("is_top1",))
+        assert torch.equal(stats.is_top1, x.argmax(1) == labels)
+
+
+@backends
 def test_a_target_of_another_shard_leaves_all_classes_to_minus_p(backend, device):
     interpreted_or_skip(backend, device)
     x = torch.randn(4, 40, device=device)
