@@ -27,7 +27,7 @@ for version in "$@"; do
   newest=6 && case $version in 0.*) newest=5 ;; esac
   "$python" -m pip install -q "trl==$version" "transformers<$newest" \
     "torch==$(pin torch)" "triton==$(pin triton)" peft matplotlib scipy rich jinja2 pytest hypothesis
-  if PYTHONPATH=$PWD "$python" -m pytest -q -p no:cacheprovider tests/trainers/test_trl_on_logits.py; then
+  if PYTHONPATH=$PWD "$python" -m pytest -q -p no:cacheprovider tests/trainers/test_{trl_on_logits,deferred,output_layer}.py; then
     echo "TRL $version: passed"
   else
     echo "TRL $version: FAILED"
