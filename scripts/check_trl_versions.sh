@@ -26,7 +26,7 @@ for version in "$@"; do
   # TRL before 1.0 wants transformers 4
   newest=6 && case $version in 0.*) newest=5 ;; esac
   "$python" -m pip install -q "trl==$version" "transformers<$newest" \
-    "torch==$(pin torch)" "triton==$(pin triton)" peft matplotlib scipy rich jinja2 pytest hypothesis
+    "torch==$(pin torch)" "triton==$(pin triton)" peft matplotlib scipy rich jinja2 requests pytest hypothesis
   if PYTHONPATH=$PWD "$python" -m pytest -q -p no:cacheprovider tests/trainers/test_{trl_on_logits,deferred,output_layer}.py; then
     echo "TRL $version: passed"
   else
