@@ -44,9 +44,14 @@ class Steps(ABC):
     """Forward and backward of DPO on one pair, by one of two routes: ``fused`` or ``full_logits``.
 
     Attributes:
+        hidden, vocab: of the head.
+        frozen: its weight gets no gradient.
         longest: tokens of the longest pair that can be run at all; None: no such bound.
     """
 
+    hidden: int
+    vocab: int
+    frozen: bool
     longest: int | None = None
 
     def __init__(self, device: str, dtype: torch.dtype, scratch_bytes: int | None, seed: int) -> None:
@@ -75,6 +80,19 @@ class Steps(ABC):
             memory, lambda length: MemoryPrediction(scratch=sum(self.predict(route, length).values()))
         )
         return fits if self.longest is None else min(fits, self.longest)
+
+    def _head(self, route: str, length: int) -> MemoryPrediction:
+        """Of the head alone."""
+        return predict_memory(
+            length,
+            self.hidden,
+            self.vocab,
+            route="linear_loss" if route == "fused" else route,
+            trainable=not self.frozen,
+            dtype=self.dtype,
+            device=self.device,
+            scratch_bytes=self.scratch_bytes,
+        )
 
     def labels(self, length: int, vocab: int) -> Tensor:
         return torch.randint(vocab, (2, length // 2), generator=self.generator, device=self.device)
@@ -114,10 +132,10 @@ class HeadSteps(Steps):
         return f"{kind} head H={self.hidden} V={self.vocab}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
 
     def predict(self, route: str, length: int) -> dict[str, int]:
-        return self._prediction(route, length).parts()
+        return self._head(route, length).parts()
 
     def held(self, route: str, length: int) -> int:
-        return self._prediction(route, length).inputs
+        return self._head(route, length).inputs
 
     def make(self, route: str, length: int) -> Callable[[], object]:
         # in the dtype of the step: what it is predicted to fit into has no room for more
@@ -132,18 +150,6 @@ class HeadSteps(Steps):
             self.loss(route, hidden, weight, labels).backward()
 
         return step
-
-    def _prediction(self, route: str, length: int) -> MemoryPrediction:
-        return predict_memory(
-            length,
-            self.hidden,
-            self.vocab,
-            route="linear_loss" if route == "fused" else route,
-            trainable=not self.frozen,
-            dtype=self.dtype,
-            device=self.device,
-            scratch_bytes=self.scratch_bytes,
-        )
 
 
 class ModelSteps(Steps):
@@ -177,16 +183,7 @@ class ModelSteps(Steps):
         return f"whole step of {self.name}, {kind} head H={self.hidden} V={self.vocab}, {dtype}, {self.device}"
 
     def predict(self, route: str, length: int) -> dict[str, int]:
-        head = predict_memory(
-            length,
-            self.hidden,
-            self.vocab,
-            route="linear_loss" if route == "fused" else route,
-            trainable=not self.frozen,
-            dtype=self.dtype,
-            device=self.device,
-            scratch_bytes=self.scratch_bytes,
-        )
+        head = self._head(route, length)
         size = self.dtype.itemsize
         after = size * self.hidden * (length + (0 if self.frozen else self.vocab))
         in_head, in_layers = self.saved(length) + head.above_inputs, self.layers(length) + after
