@@ -21,6 +21,7 @@ from fused_po.ops.checks import (
     require_tensors,
     row_temperatures,
 )
+from fused_po.ops.devices import stands_for
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
 from fused_po.ops.planning import Plan, blind, default_plan
@@ -122,7 +123,7 @@ def prepare(
     if cu_seqlens is not None and labels.ndim != 1:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
-        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
+        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(stands_for(hidden), GIB)
     require_number("scratch_bytes", scratch_bytes, whole=True)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_po.distributed import Shard
 from fused_po.kernels.blocks import block_mm, block_mm_t, choose
 from fused_po.kernels.contract import Span, Transform, accumulation_dtype
+from fused_po.ops.devices import stands_for
 
 __all__ = ["Head", "compute_dtype"]
 
@@ -165,7 +166,7 @@ class Head:
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of GEMM operands: that of autocast where it is on, else that of the hidden states."""
-    device = hidden.device.type
+    device = stands_for(hidden)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype

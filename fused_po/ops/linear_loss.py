@@ -18,6 +18,7 @@ from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs, require_number
 from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
+from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
 from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
@@ -171,7 +172,7 @@ class _LinearLoss(torch.autograd.Function):
         asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.dtypes, ctx.shape = tuple(None if t is None else t.dtype for t in (hidden, weight, bias)), hidden.shape
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             run = _Run(call, call.head(weight, bias), loss, split, names, asked, hidden, labels, temperatures)
             value, factor, stats = run(batch)
             gradients = run.gradients.finish()

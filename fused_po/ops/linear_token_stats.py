@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs
+from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
 from fused_po.ops.planning import Plan, Rows
 from fused_po.ops.sweep import Budget, Sweep, Workspace
@@ -115,7 +116,7 @@ class _LinearTokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.asked = call, asked
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             wanted = call.wanted
             home = None
             if wanted.hidden and not wanted.head:
@@ -135,7 +136,7 @@ class _LinearTokenStats(torch.autograd.Function):
         given = dict(zip(ctx.asked, grad_outputs, strict=True))
         triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
         unscaled = triple.entropy is None and triple.lse is None
-        with torch.autocast(hidden.device.type, enabled=False), call.gather(weight, bias):
+        with without_autocast(hidden), call.gather(weight, bias):
             gradients = Gradients(call.wanted, hidden, call.head(weight, bias))
             if any(c is not None for c in triple):
                 sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=unscaled, home=home)

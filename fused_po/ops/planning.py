@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_po.ops.checks import IGNORE, check_cu_seqlens
+from fused_po.ops.devices import has_values
 
 __all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan", "steps"]
 
@@ -112,7 +113,8 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
         ValueError: wrong shapes, or ``cu_seqlens`` that does not run from 0 to N without decreasing.
     """
     device = labels.device if device is None else torch.device(device)
-    loss = labels.detach().to("cpu") != IGNORE
+    # labels without values: every position is a row
+    loss = labels.detach().to("cpu") != IGNORE if has_values(labels) else torch.ones(labels.shape, dtype=torch.bool)
     if labels.ndim == 2 and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if labels.ndim == 2:
