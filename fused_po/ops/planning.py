@@ -81,6 +81,13 @@ class Rows:
         places, length = self.take(places), hidden.shape[1]
         return hidden[places // length, places % length]
 
+    def window(self, flat: Tensor) -> Tensor | None:
+        """The view of flat (all positions, ...) that is these rows, where there is one: (R, ...)."""
+        if self.positions is not None or len(self.ranges) != 1:
+            return None
+        ((start, stop),) = self.ranges
+        return flat[start:stop]
+
     def scatter(self, flat: Tensor, values: Tensor) -> None:
         """Into the caller's order: values (R, ...) into flat (all positions, ...)."""
         if self.positions is not None:

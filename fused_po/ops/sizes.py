@@ -1,0 +1,61 @@
+"""What the route of a call follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fused_po.kernels.contract import accumulation_dtype
+from fused_po.ops.gradients import Wanted
+from fused_po.ops.head import Head
+
+__all__ = ["Sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a call.
+
+    Attributes:
+        hidden: H.
+        vocab: V, rows of the weight.
+        compute: dtype of operands and gradient tiles.
+        stored: dtype of the weight.
+        wanted: which gradients.
+        scratch: bytes of the budget.
+    """
+
+    hidden: int
+    vocab: int
+    compute: torch.dtype
+    stored: torch.dtype
+    wanted: Wanted
+    scratch: int
+
+    @staticmethod
+    def of(head: Head, wanted: Wanted, scratch: int) -> Sizes:
+        """The sizes of a call on a head."""
+        vocab, hidden = head.weight.shape
+        return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch)
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a logit, a statistic or an accumulated element."""
+        return accumulation_dtype(self.compute).itemsize
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of an operand or an element of a gradient tile."""
+        return self.compute.itemsize
+
+    @property
+    def returned(self) -> int:
+        """Bytes of dW as it is returned."""
+        return self.vocab * self.hidden * self.stored.itemsize if self.wanted.weight else 0
+
+    @property
+    def accumulator(self) -> int:
+        """Bytes of dW in the accumulation dtype, where it is not returned in that."""
+        narrower = self.stored.itemsize < self.wide
+        return self.vocab * self.hidden * self.wide if self.wanted.weight and narrower else 0
