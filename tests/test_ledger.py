@@ -264,7 +264,7 @@ def test_the_same_call_runs_on_a_device():
 @pytest.mark.parametrize("name", CASES)
 def test_no_route_is_dearer_than_it_was_recorded(name):
     """If a route is meant to cost more or less: python -m fused_po.bench.paper_table --record."""
-    recorded = json.loads(paper_table.RECORDED.read_text(encoding="utf-8"))
+    recorded = paper_table.read()
     before = recorded["cases"][name]
     now = paper_table.figures(sheet(CASES[name]), device(recorded["on_paper"]))
     assert now["over_bare"] <= 1.02 * before["over_bare"]

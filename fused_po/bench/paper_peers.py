@@ -1,6 +1,6 @@
 """Functions of other packages on paper: counted on fake CUDA tensors, which a CUDA build of torch makes without a GPU.
 
-    python -m fused_po.bench.paper_peers    # writes bench/results/paper_peers.json
+    python -m fused_po.bench.paper_peers    # writes bench/results/paper/peers.json
 
 Tensors on ``meta`` would not do: the functions take other branches there. Where nothing can be counted, what was
 counted before is read from that file.
@@ -27,7 +27,7 @@ from fused_po.ledger import Ledger, autocast, record
 
 __all__ = ["RECORDED", "count", "counted_with", "recorded"]
 
-RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper_peers.json"
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper" / "peers.json"
 COMMAND = "python -m fused_po.bench.paper_peers"
 
 
