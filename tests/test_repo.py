@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "prices.py": {"torch"},
     "ops": {"torch", "distributed", "prices", "stats", "kernels", "losses", "splits"},
     # knows no operation: it sees whatever runs
-    "ledger": {"torch", "rich", "prices"},
+    "ledger": {"torch", "triton", "prices"},
     "trainers": {
         *("torch", "transformers", "tokenizers", "peft", "trl", "axolotl"),
         *("stats", "losses", "splits", "ops"),

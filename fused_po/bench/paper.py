@@ -5,10 +5,10 @@ python -m fused_po.bench.paper [--device h200] [names or patterns]
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
+import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fused_po import linear_loss, linear_token_stats, losses, make_plan
+from fused_po.bench.measure import FLOOR_ROWS, interleaved
 from fused_po.ledger import Ledger, autocast, record
 from fused_po.losses import Loss
-from fused_po.prices import DEVICES, Device, device
+from fused_po.prices import Device
 
-__all__ = ["CASES", "PaperCase", "Sheet", "choose", "sheet"]
+__all__ = ["CASES", "PaperCall", "PaperCase", "Sheet", "choose", "measured", "sheet"]
 
 
 @dataclass(frozen=True)
@@ -114,34 +115,97 @@ class Sheet:
         return self.ledger.seconds(on, **options) * on.half / self.case.bare
 
 
+class PaperCall:
+    """The tensors of a case on a device, without values on ``meta``, and the call on them.
+
+    Attributes:
+        leaves: hidden states (B, S, H), and the weight (V, H) of a trained head; gradients arrive there.
+    """
+
+    def __init__(self, case: PaperCase, device: str) -> None:
+        self.case, self.device = case, device
+        stored = torch.float32 if case.autocast else case.dtype
+        shape = (case.sequences, case.tokens // case.sequences)
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            if device == "meta":
+                return torch.empty(size, dtype=dtype, device=device)
+            return torch.randn(size, generator=generator, device=device).to(dtype)
+
+        self.hidden = normal(*shape, case.hidden, dtype=stored)
+        self.weight = normal(case.vocab, case.hidden, dtype=stored)
+        if device == "meta":
+            self.labels = torch.empty(shape, dtype=torch.int64, device=device)
+        else:
+            self.weight /= case.hidden**0.5
+            self.labels = torch.randint(case.vocab, shape, generator=generator, device=device)
+        self.per_token, self.per_sequence = normal(*shape), normal(shape[0])
+        self.plan = make_plan(self.labels)
+        self.leaves = [self.hidden] if case.frozen else [self.hidden, self.weight]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def __call__(self) -> None:
+        """Forward and backward; gradients of before are gone."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        with self._autocast():
+            if self.case.method == "linear_loss":
+                self._loss()
+            else:
+                self._statistics()
+
+    def returned(self) -> list[Tensor]:
+        """The gradients."""
+        return [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if not self.case.autocast:
+            return nullcontext()
+        return autocast(self.case.dtype) if self.device == "meta" else torch.autocast(self.device, self.case.dtype)
+
+    def _loss(self) -> None:
+        pairs = {"ref_logp": self.per_sequence}
+        tokens = {"old_logp": self.per_token, "advantage": self.per_sequence}
+        given: dict[str, Any] = pairs if self.case.loss == "dpo" else tokens
+        loss = LOSSES[self.case.loss]()
+        options: dict[str, Any] = {"softcap": self.case.softcap, "plan": self.plan}
+        linear_loss(self.hidden, self.weight, self.labels, loss, **options, **given).loss.backward()
+
+    def _statistics(self) -> None:
+        outputs = ("logp", "entropy") if self.case.entropy else ("logp",)
+        options: dict[str, Any] = {"softcap": self.case.softcap, "plan": self.plan}
+        stats = linear_token_stats(self.hidden, self.weight, self.labels, outputs=outputs, **options)
+        torch.autograd.backward([*stats.present().values()], [self.per_token] * len(outputs))
+
+
 def sheet(case: PaperCase) -> Sheet:
     """Run a case on tensors without values."""
-    stored = torch.float32 if case.autocast else case.dtype
-    shape = (case.sequences, case.tokens // case.sequences)
+    call = PaperCall(case, "meta")
+    with record() as ledger:
+        call()
+    return Sheet(case, ledger, ledger.scratch(call.returned()))
 
-    def empty(*size: int, dtype: torch.dtype = stored) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
 
-    hidden = empty(*shape, case.hidden).requires_grad_()
-    weight = empty(case.vocab, case.hidden).requires_grad_(not case.frozen)
-    labels = empty(*shape, dtype=torch.int64)
-    given: dict[str, Any] = {"softcap": case.softcap, "plan": make_plan(labels)}
-    per_token, per_sequence = empty(*shape, dtype=torch.float32), empty(shape[0], dtype=torch.float32)
-    with autocast(case.dtype) if case.autocast else nullcontext():
-        if case.method == "linear_loss":
-            pairs = {"ref_logp": per_sequence}
-            tokens = {"old_logp": per_token, "advantage": per_sequence}
-            given |= pairs if case.loss == "dpo" else tokens
-            loss = LOSSES[case.loss]()
-            with record() as ledger:
-                linear_loss(hidden, weight, labels, loss, **given).loss.backward()
-        else:
-            outputs = ("logp", "entropy") if case.entropy else ("logp",)
-            with record() as ledger:
-                stats = linear_token_stats(hidden, weight, labels, outputs=outputs, **given)
-                torch.autograd.backward([*stats.present().values()], [per_token] * len(outputs))
-    returned = [leaf.grad for leaf in (hidden, weight) if leaf.grad is not None]
-    return Sheet(case, ledger, ledger.scratch(returned))
+def measured(case: PaperCase, device: str, seconds: float = 3.0) -> dict[str, float]:
+    """Run a case on a device, in turns with its bare products: ``ms``, ``bare_ms``, ``over_bare``."""
+    call = PaperCall(case, device)
+    hidden, weight = (t.detach().to(case.dtype) for t in (call.hidden.flatten(0, 1)[:FLOOR_ROWS], call.weight))
+    tile = hidden @ weight.t()
+
+    def bare() -> None:
+        torch.mm(hidden, weight.t(), out=tile)
+        torch.mm(tile, weight)
+        if case.gemms == 3:
+            torch.mm(tile.t(), hidden)
+
+    times = {
+        name: statistics.median(found)
+        for name, found in interleaved({"ours": call, "bare": bare}, device, seconds).items()
+    }
+    floor = times["bare"] * case.tokens / hidden.shape[0]
+    return {"ms": 1e3 * times["ours"], "bare_ms": 1e3 * floor, "over_bare": times["ours"] / floor}
 
 
 def choose(patterns: Sequence[str]) -> dict[str, PaperCase]:
@@ -156,27 +220,3 @@ def choose(patterns: Sequence[str]) -> dict[str, PaperCase]:
         if not fnmatch.filter(CASES, pattern):
             raise ValueError(f"no case {pattern!r} on paper: wanted some of {', '.join(CASES)}")
     return {name: case for name, case in CASES.items() if any(fnmatch.fnmatch(name, one) for one in patterns)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="names or patterns, default all")
-    parser.add_argument("--device", choices=tuple(DEVICES), default="h200")
-    parser.add_argument("--lines", type=int, default=0, metavar="COUNT", help="also the dearest lines of each")
-    arguments = parser.parse_args()
-    on = device(arguments.device)
-    print(f"on paper, {on.name}: price over bare products (limit) | accumulators hidden | with launches")
-    for name, case in choose(arguments.cases).items():
-        found = sheet(case)
-        ledger = found.ledger
-        print(
-            f"{name:22s} {found.over_bare(on):.3f} ({case.limit})  {found.over_bare(on, hidden=True):.3f}  "
-            f"{found.over_bare(on, launches=True):.3f}  {len(ledger.products)} products  {ledger.launches} launches  "
-            f"{ledger.waits} waits  {found.scratch / 2**30:.2f} GiB"
-        )
-        for line in ledger.dearest(on, arguments.lines):
-            print(f"    {1e3 * line['seconds']:9.3f} ms  {line['line']}  {line['name']} x{line['times']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 
 __all__ = ["asking_line"]
 
-_PACKAGE = str(Path(__file__).parent.parent) + "/"
-_OWN = (str(Path(__file__).parent) + "/",)
-_TORCH = str(Path(torch.__file__).parent) + "/"
+_LIBRARY = sysconfig.get_path("stdlib") + "/"
+_PACKAGES = Path(torch.__file__).parent.parent
+# what only hands an operation on: torch, Triton, this package's ledger, code without a file
+_HANDS_ON = (f"{_PACKAGES}/torch/", f"{_PACKAGES}/triton/", f"{Path(__file__).parent}/", "<")
 
 
 def asking_line() -> str:
-    """``file:line`` of the innermost frame of this package outside the ledger, else of the innermost outside torch."""
-    frame, other = sys._getframe(1), "?"
-    while frame is not None:
+    """``folder/file:line`` of the innermost frame outside torch, Triton, the ledger and the standard library."""
+    frame = sys._getframe(1)
+    while True:
         name = frame.f_code.co_filename
-        if not name.startswith(_OWN):
-            if name.startswith(_PACKAGE):
-                return f"{name.removeprefix(_PACKAGE)}:{frame.f_lineno}"
-            if other == "?" and not name.startswith((_TORCH, "<")):
-                other = f"{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return other
+        of_python = name.startswith(_LIBRARY) and "site-packages" not in name
+        if not (of_python or name.startswith(_HANDS_ON)):
+            return f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
+        if frame.f_back is None:
+            return "?"
+        frame = frame.f_back

@@ -15,7 +15,8 @@ from fused_po.ledger.lines import asking_line
 from fused_po.ledger.memory import Memory
 from fused_po.ledger.operations import Operation
 from fused_po.ledger.report import Ledger
-from fused_po.ledger.rules import cost, tensors
+from fused_po.ledger.rules import Cost, cost, tensors
+from fused_po.ledger.triton_launches import intercepted
 
 __all__ = ["autocast", "record"]
 
@@ -37,7 +38,8 @@ def record(device: str = "meta") -> Iterator[Ledger]:
         the ledger, which fills as the program runs.
     """
     ledger = Ledger()
-    with _Recorder(ledger, device):
+    recorder = _Recorder(ledger, device)
+    with intercepted(recorder.note), recorder:
         yield ledger
 
 
@@ -76,8 +78,12 @@ class _Recorder(TorchDispatchMode):
         self.ledger.peak = self.memory.peak
         found = cost(func, args, kwargs, result, self.device)
         if found is not None and (found.launches or found.waits):
-            self.ledger.operations.append(Operation(func._schema.name, asking_line(), *found))
+            self.note(func._schema.name, found)
         return result
+
+    def note(self, name: str, found: Cost) -> None:
+        """List an operation, asked for by the line that is running."""
+        self.ledger.operations.append(Operation(name, asking_line(), *found))
 
     def _mine(self, *values: Any) -> list[Tensor]:
         return [tensor for tensor in tensors(*values) if tensor.device.type == self.device]
@@ -106,6 +112,19 @@ def _nonzero(source: Tensor) -> Tensor:
     return torch.empty((source.numel(), source.ndim), dtype=torch.int64, device=source.device)
 
 
+def _indexed(source: Tensor, indices: Sequence[Tensor | None], *values: Any, **kwargs: Any) -> Tensor | None:
+    if not any(index is not None and index.dtype == torch.bool for index in indices):
+        return None
+    places: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            places += _nonzero(index).unbind(1)
+        else:
+            places.append(index)
+    operator = torch.ops.aten.index_put_ if values else torch.ops.aten.index
+    return operator(source, places, *values, **kwargs)
+
+
 def _chosen(source: Tensor, mask: Tensor) -> Tensor:
     return source.new_empty(source.numel())
 
@@ -120,6 +139,8 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::is_nonzero": lambda source: True,
     "aten::equal": lambda one, other: True,
     "aten::nonzero": _nonzero,
+    "aten::index": _indexed,
+    "aten::index_put_": _indexed,
     "aten::masked_select": _chosen,
     "aten::_to_copy": _copied,
     "aten::copy_": _copied_into,

@@ -87,9 +87,10 @@ def cost(
     given = list(tensors(result))
     if not any(tensor.device.type == device for tensor in (*taken, *given)):
         return None
-    if name in _EMPTY:
+    # prim: questions about a tensor, such as its device
+    if name in _EMPTY or name.startswith("prim::"):
         return None
-    waits = int(name in _WAITS or _returns_to_host(name, taken, given, device))
+    waits = int(name in _WAITS or _chooses_by_mask(name, args) or _returns_to_host(name, taken, given, device))
     if waits:
         return Cost(traffic=sum(map(footprint, taken)), launches=_LAUNCHES.get(name, 1), waits=waits)
     written = _written(func, args, kwargs)
@@ -164,6 +165,11 @@ def _is_view(taken: list[Tensor], given: list[Tensor]) -> bool:
 def _same(one: Tensor, other: Tensor) -> bool:
     """They share their memory."""
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _chooses_by_mask(name: str, args: Sequence[Any]) -> bool:
+    """Indexing with a mask: how many are chosen has to be known."""
+    return name in ("aten::index", "aten::index_put_") and any(t.dtype == torch.bool for t in tensors(args[1]))
 
 
 def _returns_to_host(name: str, taken: list[Tensor], given: list[Tensor], device: str) -> bool:
