@@ -1,4 +1,4 @@
-"""A tensor times a number that is on the device: in Triton, so that a factor of 1 moves no memory and waits for nobody."""
+"""A tensor times a number on the device, in Triton: a factor of 1 moves no memory, and nobody waits for it."""
 
 from __future__ import annotations
 

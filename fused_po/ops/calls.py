@@ -29,13 +29,14 @@ from fused_po.ops.planning import Plan, blind, default_plan
 from fused_po.ops.sizes import Sizes
 from fused_po.ops.tokens import Tokens
 
-__all__ = ["HeadCall", "prepare"]
+__all__ = ["HeadCall", "prepare", "whole"]
 
 GIB = 1 << 30
 DEFAULT_SCRATCH_BYTES = {"cpu": 96 * GIB // 1024}
 
 
-def _whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+def whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+    """A context for a head that is whole already."""
     return nullcontext()
 
 
@@ -56,7 +57,7 @@ class HeadCall:
     max_dropped_mass: float = 0.0
     shard: Shard | None = None
     # a context in which a sharded head is whole, of its weight and bias
-    gather: Callable[..., AbstractContextManager[Any]] = _whole
+    gather: Callable[..., AbstractContextManager[Any]] = whole
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head as the sweep sees it."""
@@ -89,7 +90,7 @@ class HeadCall:
 
     def covers(self, arranged: Arranged) -> bool:
         """The active rows are all positions."""
-        return self.plan.rows is None and arranged.active == sum(self.plan.lengths)
+        return self.plan.rows is None and arranged.active == self.plan.count
 
 
 @dataclass(frozen=True)

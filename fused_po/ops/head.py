@@ -77,9 +77,11 @@ class Head:
         """A copy of the weight in the compute dtype would spare casts: not where products widen their operands."""
         return self.weight.dtype != self.compute_dtype == self._math_dtype
 
-    def copied(self) -> Head:
-        """The head with its weight cast once and as a whole, where that spares casts."""
-        return replace(self, weight=self.weight.to(self.compute_dtype)) if self.copies else self
+    def copied(self, copy: Tensor | None = None) -> Head:
+        """The head with its weight cast once and as a whole, where that spares casts; ``copy``: made before."""
+        if copy is None:
+            copy = self.weight.to(self.compute_dtype) if self.copies else self.weight
+        return replace(self, weight=copy)
 
     def transform(self, temperatures: Tensor | None) -> Transform:
         """The logit transform of rows with these temperatures (R,)."""

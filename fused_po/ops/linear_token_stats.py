@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.ops.calls import HeadCall, prepare
+from fused_po.ops.calls import HeadCall, prepare, whole
 from fused_po.ops.checks import check_outputs
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
@@ -119,10 +119,10 @@ class _LinearTokenStats(torch.autograd.Function):
         asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.asked, ctx.spent = call, asked, False
+        ctx.call, ctx.asked = call, asked
         with without_autocast(hidden):
             head, home = call.head(weight, bias), None
-            route = Route.of(head, call.sizes(head), fused=False, unscaled=False)
+            route = Route.of(call.sizes(head), labels.shape[0], fused=False, unscaled=False)
             if route.eager:
                 home = hidden.new_empty((labels.shape[0], hidden.shape[-1]), dtype=storage_dtype(hidden.dtype))
             head = head.copied() if call.wanted.any else head
@@ -130,13 +130,15 @@ class _LinearTokenStats(torch.autograd.Function):
             stats = sweep.forward(asked)
         values = tuple(getattr(stats, name) for name in asked)
         ctx.mark_non_differentiable(*(v for name, v in zip(asked, values, strict=True) if name not in DIFFERENTIABLE))
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, sweep.anchors)
+        # a gathered head is not held whole
+        copy = head.weight if call.gather is whole and head.weight is not weight else None
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, sweep.anchors, copy)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, temperatures, kept, home, anchors = ctx.saved_tensors
+        hidden, weight, bias, labels, temperatures, kept, home, anchors, copy = ctx.saved_tensors
         call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
         given = dict(zip(ctx.asked, grad_outputs, strict=True))
         triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
@@ -144,11 +146,12 @@ class _LinearTokenStats(torch.autograd.Function):
         with without_autocast(hidden), call.gather(weight, bias):
             head = call.head(weight, bias)
             # what was kept is what forward wanted
-            route = Route.of(head, ctx.call.sizes(head), fused=False, unscaled=False)
-            head = head.copied()
+            route = Route.of(ctx.call.sizes(head), labels.shape[0], fused=False, unscaled=False)
+            head = head.copied(copy)
             sweep = _sweep(call, route if plain else route.recomputing(), head, hidden, labels, temperatures, home)
-            sweep.kept_rows, sweep.anchors = 0 if ctx.spent else kept.shape[0], anchors
-            sweep.kept = kept if plain else _overwritable(ctx, kept)
+            # other gradients overwrite what is kept: another backward would miss it
+            sweep.kept_rows = kept.shape[0] if plain or not _runs_again() else 0
+            sweep.kept, sweep.anchors = kept, anchors
             covered, once = call.plan.rows is None, sweep.writes_once
             gradients = Gradients(call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered)
             if any(c is not None for c in triple):
@@ -160,13 +163,12 @@ class _LinearTokenStats(torch.autograd.Function):
         return (d_hidden, *others, *[None] * 4)
 
 
-def _overwritable(ctx: Any, kept: Tensor) -> Tensor:
-    """What is kept, for a backward that overwrites it; a later one does without, and makes the logits again."""
+def _runs_again() -> bool:
+    """Whether the graph stays for another backward; a trace does not know."""
     if torch.compiler.is_compiling():
-        return kept.clone()
-    ctx.spent = True
-    # not an error by autograd's count of changes, since none looks at it again
-    return kept.data
+        return True
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
 
 
 def _sweep(

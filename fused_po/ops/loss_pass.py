@@ -1,4 +1,4 @@
-"""The pass of a loss that is known before backward: chunk by chunk of whole horizons, from hidden states to gradients."""
+"""The pass of a loss that is known before backward: chunks of whole horizons, from hidden states to gradients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class LossPass:
         self.call, self.loss, self.split, self.names, self.asked = call, loss, split, names, asked
         self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
         self.unscaled = loss.differentiates == ("logp",)
-        self.route = Route.of(head, call.sizes(head), fused=True, unscaled=self.unscaled, parts=bool(names))
+        sizes, parts = call.sizes(head), bool(names)
+        self.route = Route.of(sizes, call.plan.count, fused=True, unscaled=self.unscaled, parts=parts)
         self.stored = head.weight.dtype
         self.head = head.copied() if call.wanted.any else head
         self.outputs = tuple(dict.fromkeys((*asked, "logp")))
@@ -64,8 +65,7 @@ class LossPass:
         """The value (), the factor () that gradients still lack, and the statistics in planned order."""
         horizon = self.loss.horizon if self.split is None else self.split.horizon(self.loss)
         horizon = HORIZONS[-1] if self.names == THIRDS else horizon
-        count = sum(self.call.plan.lengths)
-        chunks = cut(self.call.plan, horizon, self.route.chunk_rows(count))
+        chunks = cut(self.call.plan, horizon, self.route.chunk_rows(self.call.plan.count))
         self.several = len(chunks) > 1
         wide = self.head.accumulation_dtype
         if self.call.wanted.any and not self.names:
@@ -165,8 +165,8 @@ class LossPass:
 
     def _sweep(self, arranged: Arranged, home: Tensor | None) -> Sweep:
         tokens = self.call.tokens(self.head, self.hidden, self.labels, self.temperatures, arranged)
-        options = {"home": home, "active": arranged.active, "several": self.several}
-        return Sweep(tokens, self.route, self.call.wanted, self.workspace, **options)
+        wanted, active = self.call.wanted, arranged.active
+        return Sweep(tokens, self.route, wanted, self.workspace, home=home, active=active, several=self.several)
 
     def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:
         """One statistic of all chunks in planned order, (N,)."""

@@ -39,6 +39,11 @@ class Plan:
     positions: int
     masked: bool = False
 
+    @property
+    def count(self) -> int:
+        """N, the rows."""
+        return sum(self.lengths)
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -7,14 +7,14 @@ from free memory, a measurement or the name of a device.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
-from fused_po.kernels import library
-from fused_po.kernels.select import requested_backend
-from fused_po.ops.costs import Sizes, chunk_seconds, recompute_seconds
-from fused_po.ops.head import Head
-from fused_po.ops.shapes import GRAIN, fit, grained, tile_columns, tile_square
+from fused_po.kernels.contract import accumulation_dtype
+from fused_po.ops.costs import chunk_seconds, recompute_seconds, route_seconds
+from fused_po.ops.shapes import GRAIN, fit, grained, tile_bytes, tile_columns, tile_square
+from fused_po.ops.sizes import Sizes
 from fused_po.ops.workspace import padded
 
 __all__ = ["Route"]
@@ -51,6 +51,7 @@ class Route:
         keeps_logits: rows keep those instead.
         remakes: tiles are made in backward, when rows have told nothing but statistics.
         wide: dW needs an accumulator whatever the length.
+        drops: blocks of a row's gradient that are negligible are left out.
     """
 
     sizes: Sizes
@@ -69,6 +70,7 @@ class Route:
     keeps_logits: bool = False
     remakes: bool = False
     wide: bool = False
+    drops: bool = False
 
     def keeps(self, count: int, several: bool) -> int:
         """How many of so many rows keep their tile; ``several``: they are a chunk of several."""
@@ -83,6 +85,9 @@ class Route:
         Between blocks of rows dW is read and written again, between slices of columns dH. Squares do least of both,
         but one block of all rows needs no accumulator of dW.
         """
+        if self.drops:
+            # a row's share of its gradient can't be seen in a slice
+            return grained(fit(self.area, tile_bytes(self.sizes, 1, self.sizes.vocab))), self.sizes.vocab
         square, side = tile_square(self.sizes, self.area)
         if torch.compiler.is_compiling() or rows <= 0:
             # sizes that do not follow the length
@@ -107,40 +112,52 @@ class Route:
         return replace(self, eager=False)
 
     @staticmethod
-    def of(head: Head, sizes: Sizes, *, fused: bool, unscaled: bool, parts: bool = False) -> Route:
-        """The route of calls.
+    @lru_cache(maxsize=1024)
+    def of(sizes: Sizes, rows: int, *, fused: bool, unscaled: bool, parts: bool = False) -> Route:
+        """The cheapest route of a call.
 
         Args:
-            head: the head.
             sizes: of the call.
+            rows: N.
             fused: the loss is known before backward, as in ``linear_loss``.
             unscaled: gradients come through logp only; of ``linear_token_stats`` that is not known before backward.
             parts: gradients of parts are wanted, each in an accumulator of its own.
         """
+        options = {"fused": fused, "unscaled": unscaled, "parts": parts}
+        if not sizes.wanted.any:
+            return Route._within(sizes, sizes.scratch, **options)
+        usual = Route._within(sizes, sizes.scratch // 4, **options)
+        if torch.compiler.is_compiling() or usual.eager or rows <= max(usual.alone, usual.whole):
+            # nothing is made again, or it must not follow the length
+            return usual
+        others = [Route._within(sizes, sizes.scratch * share // 16, **options) for share in range(2, 13)]
+        return min((usual, *others), key=lambda route: sum(route_seconds(route, rows, fused=fused).values()))
+
+    @staticmethod
+    def _within(sizes: Sizes, area: int, *, fused: bool, unscaled: bool, parts: bool) -> Route:
+        """The route whose two-dimensional tiles take so many bytes."""
         wanted, scratch, wide, narrow = sizes.wanted, sizes.scratch, sizes.wide, sizes.narrow
         in_place = wide == narrow
-        hides = head.softcap is not None or requested_backend(head.backend) not in (None, *library.REGRAD_BACKENDS)
-        logits_row = padded(sizes.vocab, head.accumulation_dtype) * wide
+        logits_row = padded(sizes.vocab, accumulation_dtype(sizes.compute)) * wide
         product_rows = max(1, min(MOST_TILE_ROWS, scratch // 16 // max(1, sizes.hidden * wide)))
-        area = scratch // 4 if wanted.any else scratch
         if wanted.hidden and not wanted.head and (unscaled or not fused):
-            return _eager(sizes, product_rows, area, logits_row, hides)
+            return _eager(sizes, product_rows, area, logits_row)
         least = min(2 * GRAIN, scratch // 4 // logits_row)
         tile = grained(max(1, min(MOST_TILE_ROWS, max(scratch // 8 // logits_row, least))))
         # bytes that a row keeps, and its hidden state times its coefficient, the operand of GEMM 3
-        row = padded(sizes.vocab, head.compute_dtype) * narrow
+        row = padded(sizes.vocab, sizes.compute) * narrow
         full = row + (sizes.hidden * narrow if wanted.head else 0)
         flight = 0 if in_place else tile * logits_row
         products = product_rows * sizes.hidden * wide
-        needs_accumulator = parts or bool(head.max_dropped_mass) or (fused and head.compute_dtype == torch.float16)
+        needs_accumulator = parts or sizes.drops or (fused and sizes.compute == torch.float16)
         own, returned = sizes.accumulator, sizes.returned
-        # dW is not returned before the last chunk has added to it; half of its room is enough for most
-        room = scratch + (returned // 2 if own else 0)
+        # dW is not returned before the last chunk has added to it; the rest of its room is left for what fragments
+        room = scratch + (returned * 2 // 3 if own else 0)
         whole = fit(room - max(flight, products), full)
         alone = min(fit(scratch + own + returned - flight, row), fit(scratch + own - products, full))
         alone = whole if needs_accumulator else alone
-        kept = fit(room - max(flight, products + area), full)
-        once = kept if needs_accumulator else max(kept, fit(scratch + own - products - area, full))
+        kept = max(0, room - max(flight, products, area)) // full
+        once = kept if needs_accumulator else max(kept, (scratch + own - max(products, area)) // full)
         # chunks so small that adding to dW for each is dearer than making logits again are no chunks
         again = recompute_seconds(sizes, area) < chunk_seconds(sizes, whole)
         waits = fused and unscaled and wanted.head and not needs_accumulator
@@ -156,14 +173,15 @@ class Route:
             kept,
             waiting=min(alone, max(returned, 1) // row) if waits else 0,
             in_place=in_place,
-            hides_probabilities=hides,
-            keeps_logits=fused and not unscaled and hides and in_place,
-            remakes=fused and not unscaled and hides and not in_place,
+            hides_probabilities=sizes.hides,
+            keeps_logits=fused and not unscaled and sizes.hides and in_place,
+            remakes=fused and not unscaled and sizes.hides and not in_place,
             wide=needs_accumulator,
+            drops=sizes.drops,
         )
 
 
-def _eager(sizes: Sizes, product_rows: int, area: int, logits_row: int, hides: bool) -> Route:
+def _eager(sizes: Sizes, product_rows: int, area: int, logits_row: int) -> Route:
     """Tiles are in flight only; what waits is one product a row."""
     wide, narrow = sizes.wide, sizes.narrow
     in_place = wide == narrow
@@ -177,8 +195,8 @@ def _eager(sizes: Sizes, product_rows: int, area: int, logits_row: int, hides: b
         area,
         whole,
         whole,
-        whole,
+        max(1, whole),
         in_place=in_place,
         eager=True,
-        hides_probabilities=hides,
+        hides_probabilities=sizes.hides,
     )

@@ -6,7 +6,7 @@ import math
 
 from fused_po.ops.sizes import Sizes
 
-__all__ = ["GRAIN", "fit", "grained", "tile_columns", "tile_square"]
+__all__ = ["GRAIN", "fit", "grained", "tile_bytes", "tile_columns", "tile_square"]
 
 # products are fastest where rows and columns come in such numbers
 GRAIN = 128
@@ -24,6 +24,12 @@ def tile_columns(sizes: Sizes, area: int, rows: int) -> int:
     """Columns of a tile of so many rows; below 1 where there is no room."""
     element, row, column = _bytes(sizes)
     return min(sizes.vocab, grained((area - rows * row) // (rows * element + column)))
+
+
+def tile_bytes(sizes: Sizes, rows: int, columns: int) -> int:
+    """Of a tile and what goes with it."""
+    element, row, column = _bytes(sizes)
+    return rows * columns * element + rows * row + columns * column
 
 
 def _bytes(sizes: Sizes) -> tuple[int, int, int]:

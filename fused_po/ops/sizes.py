@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_po.kernels import library
 from fused_po.kernels.contract import accumulation_dtype
+from fused_po.kernels.select import requested_backend
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head
 
@@ -24,6 +26,8 @@ class Sizes:
         stored: dtype of the weight.
         wanted: which gradients.
         scratch: bytes of the budget.
+        hides: G does not show the probabilities: there is a softcap, or a named backend can't turn it.
+        drops: negligible blocks of gradients are left out.
     """
 
     hidden: int
@@ -32,12 +36,16 @@ class Sizes:
     stored: torch.dtype
     wanted: Wanted
     scratch: int
+    hides: bool = False
+    drops: bool = False
 
     @staticmethod
     def of(head: Head, wanted: Wanted, scratch: int) -> Sizes:
         """The sizes of a call on a head."""
         vocab, hidden = head.weight.shape
-        return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch)
+        hides = head.softcap is not None or requested_backend(head.backend) not in (None, *library.REGRAD_BACKENDS)
+        drops = bool(head.max_dropped_mass)
+        return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch, hides, drops)
 
     @property
     def wide(self) -> int:
@@ -59,3 +67,8 @@ class Sizes:
         """Bytes of dW in the accumulation dtype, where it is not returned in that."""
         narrower = self.stored.itemsize < self.wide
         return self.vocab * self.hidden * self.wide if self.wanted.weight and narrower else 0
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the copy of the weight in the compute dtype, where that is narrower."""
+        return self.vocab * self.hidden * self.narrow if self.stored.itemsize > self.narrow else 0

@@ -74,6 +74,7 @@ def add_pieces(
     for piece in pieces:
         if piece.kept:
             run.add_hidden(piece)
+    workspace.free("product")
     if run.dropping:
         pieces = [piece for piece in pieces if not piece.kept]
     for some in together(pieces):
@@ -88,7 +89,7 @@ def together(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def place(product: Tensor, rows: Rows, factor: Tensor | None, gradients: Gradients, *, overwrite: bool) -> None:
-    """Into dH: a product (R, H), which may be overwritten, times a factor (R,) and what normalised coefficients lack."""
+    """Into dH: a product (R, H), over which one may write, times a factor (R,) and what normalised ones lack."""
     target = gradients.place_hidden()
     if gradients.scale is not None:
         factor = gradients.scale.expand(product.shape[0]) if factor is None else factor * gradients.scale
@@ -144,6 +145,7 @@ class _Run:
         head, gradients = self.tokens.head, self.gradients
         own = _rows_of_parts(pieces, groups, gradients.parts)
         rows = [self._rows(piece) for piece in pieces] if gradients.weight else []
+        states = [self.tokens.states(piece.first, piece.last) if not piece.kept else None for piece in pieces]
         products: list[Tensor | None] = [None] * len(pieces)
         # rows of a part are copied out of their tile
         copied = [piece for piece in pieces if not piece.kept or groups is not None]
@@ -153,7 +155,7 @@ class _Run:
         for columns in _slices(head, step):
             tiles = []
             for place_of, piece in enumerate(pieces):
-                tile = self._tile(piece, columns)
+                tile = self._tile(piece, columns, states[place_of])
                 tiles.append(tile)
                 counted = None if piece.kept else head.kept_blocks(tile)
                 if gradients.hidden_wanted and not piece.kept:
@@ -167,8 +169,8 @@ class _Run:
                     for tile, index in zip(tiles, own[part], strict=True)
                 ]
                 if gradients.weight and not self.dropping:
-                    states = [r if i is None else r.index_select(0, i) for r, (_, i) in zip(rows, mine, strict=True)]
-                    self._add_weight(part, columns, [tile for tile, _ in mine], states)
+                    chosen = [r if i is None else r.index_select(0, i) for r, (_, i) in zip(rows, mine, strict=True)]
+                    self._add_weight(part, columns, [tile for tile, _ in mine], chosen)
                 if gradients.biases:
                     for piece, (tile, index) in zip(pieces, mine, strict=True):
                         factor = self._factor(piece.first, piece.last)
@@ -193,7 +195,10 @@ class _Run:
         target = gradients.place_weights()[part][columns]
         out, add = target, gradients.started
         if self._rounds(len(tiles)):
-            out, add = _buffer(self.workspace, "slice of dW", *target.shape, head.accumulation_dtype), False
+            out, add = (
+                self.workspace.get("slice of dW", target.shape[0], target.shape[1], head.accumulation_dtype),
+                False,
+            )
         for tile, states in zip(tiles, rows, strict=True):
             if tile.shape[0]:
                 head.weight_grad(out, tile, states, add=add)
@@ -206,17 +211,17 @@ class _Run:
             else:
                 torch.mul(out, gradients.scale, out=target)
 
-    def _tile(self, piece: Piece, columns: slice) -> Tensor:
-        """The gradient tile (R, columns) of a piece."""
+    def _tile(self, piece: Piece, columns: slice, states: Tensor | None) -> Tensor:
+        """The gradient tile (R, columns) of a piece, made from its hidden states (R, H) where it is not kept."""
         tokens, head, first, last = self.tokens, self.tokens.head, piece.first, piece.last
-        if piece.kept:
+        if states is None:
             return self.kept[first:last, columns]
         given = None if self.plain else Coefficients(*(None if c is None else c[first:last] for c in self.coefficients))
         wide, narrow = head.accumulation_dtype, head.compute_dtype
         logits = out = _buffer(self.workspace, "slice", last - first, columns, wide)
         if wide != narrow:
             out = _buffer(self.workspace, "tile slice", last - first, columns, narrow)
-        head.logits_into(logits, tokens.states(first, last), columns)
+        head.logits_into(logits, states, columns)
         anchors = self.anchors[:, first:last]
         tokens.gradient(logits, first, last, columns, anchors, given, None if out is logits else out)
         return out
@@ -253,6 +258,5 @@ def _slices(head: Head, step: int) -> Iterator[slice]:
         yield slice(first, head.columns if last == classes else last)
 
 
-def _buffer(workspace: Workspace, name: str, rows: int, columns: slice | int, dtype: torch.dtype) -> Tensor:
-    width = columns if isinstance(columns, int) else columns.stop - columns.start
-    return workspace.get(name, rows, width, dtype)
+def _buffer(workspace: Workspace, name: str, rows: int, columns: slice, dtype: torch.dtype) -> Tensor:
+    return workspace.get(name, rows, columns.stop - columns.start, dtype)

@@ -40,16 +40,19 @@ class Tokens:
         return self.rows.count
 
     def states(self, first: int, last: int) -> Tensor:
-        """Hidden states (R, H)."""
+        """Hidden states (R, H) in the compute dtype."""
+        return self._states(first, last).to(self.head.compute_dtype)
+
+    def _states(self, first: int, last: int) -> Tensor:
         rows = self.rows.part(first, last).vectors(self.hidden)
         # 0 times NaN would reach dW
         return torch.where((self.labels[first:last] >= 0).unsqueeze(1), rows, 0.0) if self.masked else rows
 
     def scaled_states(self, first: int, last: int, factor: Tensor | None) -> Tensor:
         """Hidden states times a factor (R,), rounded once to the compute dtype: (R, H)."""
-        rows = self.states(first, last)
+        rows = self._states(first, last)
         if factor is None:
-            return rows
+            return rows.to(self.head.compute_dtype)
         out = rows.new_empty(rows.shape, dtype=self.head.compute_dtype)
         return torch.mul(rows, factor.unsqueeze(1), out=out)
 
