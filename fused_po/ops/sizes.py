@@ -26,7 +26,8 @@ class Sizes:
         stored: dtype of the weight.
         wanted: which gradients.
         scratch: bytes of the budget.
-        hides: G does not show the probabilities: there is a softcap, or a named backend can't turn it.
+        hides: G does not give the probabilities back: there is a softcap, it is as wide as the logits, whose digits it
+            lacks near p = 1, or a named backend can't turn it.
         drops: negligible blocks of gradients are left out.
     """
 
@@ -43,7 +44,8 @@ class Sizes:
     def of(head: Head, wanted: Wanted, scratch: int) -> Sizes:
         """The sizes of a call on a head."""
         vocab, hidden = head.weight.shape
-        hides = head.softcap is not None or requested_backend(head.backend) not in (None, *library.REGRAD_BACKENDS)
+        turns = requested_backend(head.backend) in (None, *library.REGRAD_BACKENDS)
+        hides = head.softcap is not None or head.compute_dtype == head.accumulation_dtype or not turns
         drops = bool(head.max_dropped_mass)
         return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch, hides, drops)
 
