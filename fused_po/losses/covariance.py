@@ -14,7 +14,15 @@ from torch import Tensor
 from fused_po.losses.batch import Batch
 from fused_po.losses.policy import Aggregated, ClippedLoss
 from fused_po.losses.registry import register
-from fused_po.losses.terms import advantages, clipped_surrogate, log_ratio, old_logp, policy_logp, require_range
+from fused_po.losses.terms import (
+    HUGE,
+    advantages,
+    clipped_surrogate,
+    difference,
+    old_logp,
+    policy_logp,
+    require_range,
+)
 from fused_po.stats import Stats
 
 __all__ = ["ClipCov", "KlCov"]
@@ -95,17 +103,17 @@ class KlCov(CovarianceLoss):
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         logp, advantage = policy_logp(stats), advantages(batch)
-        drift = log_ratio(logp, old_logp(logp, batch))
+        drift = difference(logp, old_logp(logp, batch))
         covariance = torch.where(batch.loss_tokens(), _covariance(logp, advantage, batch), -torch.inf)
         largest = _first(-covariance) < _share(self.kl_cov_ratio, batch)
-        return -drift.exp() * advantage + torch.where(largest, self.ppo_kl_coef * drift.abs(), 0.0)
+        return -self.ratio(logp, batch) * advantage + torch.where(largest, self.ppo_kl_coef * drift.abs(), 0.0)
 
 
 def _covariance(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """The token's share of the covariance of advantage and log-prob over the call, detached, (N,)."""
     count = batch.lengths.sum().clamp_min(1)
     # a log-prob of -inf would make every mean so
-    logp = logp.detach().clamp_min(-1e30)
+    logp = logp.detach().clamp_min(-HUGE)
     return (advantage - batch.sum_tokens(advantage) / count) * (logp - batch.sum_tokens(logp) / count)
 
 

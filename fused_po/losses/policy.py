@@ -43,7 +43,8 @@ AGGREGATIONS = {
 class PolicyLoss(Loss):
     """Base: a surrogate per token, weighted, then a KL penalty and an entropy bonus.
 
-    r = pi / pi_old, clamped to e^+-80; A is ``advantage``.
+    r = pi / pi_old; A is ``advantage``. Beyond e^+-80 r is constant, so a token that the sampler gives no probability
+    (``old_logp`` of -inf, outside its top k) has a finite loss and no gradient.
 
     Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token, optional: the current log-probs, detached;
     ``ref_logp`` per token where ``beta`` is not 0; ``importance_weight`` and ``row_weight``, optional, multiply the
@@ -52,7 +53,8 @@ class PolicyLoss(Loss):
 
     Args:
         beta: 0.0, weight of the KL penalty to the reference.
-        kl_estimator: ``k3``, or ``k1`` (whose gradient does not depend on the reference), ``k2``.
+        kl_estimator: with x = log pi_ref - log pi, ``k3``: e^x - 1 - x, constant where x lies above 80; ``k1``: -x
+            (whose gradient does not depend on the reference); ``k2``: x^2 / 2. An infinite x counts as +-1e15.
         entropy_coef: 0.0, weight of the mean entropy over the call's loss tokens (those that
             ``top_entropy_quantile`` keeps).
         top_entropy_quantile: 1.0; below, only that share of the call's tokens with the highest entropy carries the

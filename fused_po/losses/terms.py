@@ -14,6 +14,7 @@ from fused_po.stats import Stats
 __all__ = [
     "HUGE",
     "KL_ESTIMATORS",
+    "MAX_LOG_RATIO",
     "advantages",
     "bounded",
     "bounded_exp",
@@ -32,15 +33,17 @@ __all__ = [
     "require_range",
     "sequence_log_ratio",
     "sigmoid_loss",
+    "times_ratio",
     "weighted",
+    "weighted_kl",
 ]
 
 # exp of it is finite in float32 with room for a product
 MAX_LOG_RATIO = 80.0
 # exp of it is the largest float32
 MAX_EXPONENT = math.log(torch.finfo(torch.float32).max)
-# stands for infinity, so that a product with 0 is 0
-HUGE = 1e30
+# stands for infinity, so that a product with 0 is 0; its square is finite in float32
+HUGE = 1e15
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -64,7 +67,7 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
 
 
 def difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left - right`` of log-probs, clamped to +-1e30; 0 where both are the same infinity."""
+    """``left - right`` of log-probs, clamped to +-1e15; 0 where both are the same infinity."""
     same = (left == right) & left.isinf()
     return bounded(torch.where(same, 0.0, left - right), HUGE)
 
@@ -77,14 +80,41 @@ def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
 def kl_penalty(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
     """A KL estimator per token (Schulman, "Approximating KL Divergence", 2020).
 
-    With r = logp - ref: k1 = r, k2 = r^2 / 2, k3 = e^-r + r - 1.
+    With x = ref - logp: k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. Infinite x count as +-1e15, and k3 is constant where x
+    lies above 80.
     """
-    ratio = log_ratio(logp, ref)
+    gap = difference(ref, logp)
     if estimator == "k1":
-        return ratio
+        return -gap
     if estimator == "k2":
-        return 0.5 * ratio.square()
-    return torch.expm1(-ratio) + ratio
+        return 0.5 * gap.square()
+    gap = torch.where(gap > MAX_LOG_RATIO, MAX_LOG_RATIO, gap)
+    return torch.expm1(gap) - gap
+
+
+def weighted_kl(logp: Tensor, ref: Tensor, old: Tensor, estimator: str) -> Tensor:
+    """A KL estimator times r = pi / pi_old, per token.
+
+    r k3 is e^(ref - old) - r (x + 1), whose derivative -r x has no exponential of x to lose its digits in. A token that
+    one of the three gives no probability, or whose r lies above e^80, is no evidence and adds 0; e^(ref - old) is at
+    most e^80.
+    """
+    gap, drift = difference(ref, logp), difference(logp, old)
+    usable = (gap.abs() < HUGE) & (drift <= MAX_LOG_RATIO)
+    ratio = torch.where(usable, drift, 0.0).exp()
+    if estimator == "k1":
+        value = -ratio * gap
+    elif estimator == "k2":
+        value = 0.5 * ratio * gap.square()
+    else:
+        value = difference(ref, old).clamp(max=MAX_LOG_RATIO).exp() - ratio * (gap + 1.0)
+    return torch.where(usable, value, 0.0)
+
+
+def times_ratio(values: Tensor, log_ratio: Tensor) -> Tensor:
+    """``values * e^log_ratio`` per token, 0 where the ratio lies above e^80."""
+    usable = log_ratio <= MAX_LOG_RATIO
+    return torch.where(usable, values * torch.where(usable, log_ratio, 0.0).exp(), 0.0)
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, ceiling: float = math.inf) -> Tensor:

@@ -134,14 +134,14 @@ def prepare(
     may_wait = plan is None and not blind(labels)
     if plan is None:
         plan = default_plan(labels, cu_seqlens)
-    elif cu_seqlens is not None and cu_seqlens.numel() != len(plan.lengths) + 1:
-        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
-    layout = Layout.of(labels, plan)
+        layout = Layout.of(labels, plan)
+    else:
+        layout = Layout.of(labels, plan, cu_seqlens)
     dtype = compute_dtype(hidden)
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
-    temperatures = row_temperatures(temperature, labels, spread, wide)
+    temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths)
     call = HeadCall(
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         None if softcap is None else float(softcap),

@@ -150,7 +150,7 @@ def linear_loss(
     with torch.no_grad():
         metrics = loss.metrics(masked_stats(stats, layout.mask), batch)
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
-    parts = SplitGradients.of(names, kept, layout, hidden.shape) if names else None
+    parts = SplitGradients.of(names, kept, layout, hidden.shape, weight.shape[0]) if names else None
     return LossOutput(value, metrics, shaped, parts)
 
 

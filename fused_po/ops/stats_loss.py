@@ -64,8 +64,9 @@ def stats_loss(
         raise ValueError(f"labels must be int64: got {labels.dtype}")
     same_device(labels, **present)
     if plan is None:
-        plan = default_plan(labels, cu_seqlens)
-    layout = Layout.of(labels, plan)
+        layout = Layout.of(labels, default_plan(labels, cu_seqlens))
+    else:
+        layout = Layout.of(labels, plan, cu_seqlens)
     read = [name for name in loss.statistics if name in present]
     rows = {name: layout.rows.gather(present[name].reshape(-1)) for name in read}
     # of statistics in half precision at least the side inputs keep their digits
