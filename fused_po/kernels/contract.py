@@ -39,8 +39,8 @@ __all__ = ["ANCHORS", "PARTIALS", "Coefficients", "Span", "Transform", "accumula
 # classes before the target, or just max where there are such classes and none of the columns ties with the target
 PARTIALS = ("max", "sum", "target", "weighted", "square", "total", "before")
 
-# stands for minus infinity, so that a product with 0 is 0
-LEAST = -1e38
+# stands for minus infinity, so that a product with 0 is 0; times the size of a vocabulary it is finite in float32
+LEAST = -1e30
 
 # rows of the anchors tensor, what turns the logits of a row back into probabilities: log p_y, and shift and gap with
 # log p_v = (z_v - shift) + gap, which keeps its digits where all logits are far from 0 and z_v - lse does not; entropy
@@ -94,20 +94,21 @@ def merge(parts: Tensor) -> Tensor:
     Returns:
         (7, N). A part without any class other than the target (max = -inf) does not count.
     """
-    top, total, target, weighted, square, summed, before = parts.unbind(1)  # (P, N) each
-    best = top.amax(0)  # (N,)
-    empty = top == -torch.inf
-    shift = torch.where(empty, 0.0, top - torch.where(best == -torch.inf, 0.0, best))  # (P, N)
-    scale = torch.where(empty, 0.0, shift.exp())
+    top, total, _, weighted, square, summed, _ = parts.unbind(1)  # (P, N) each
+    # of which the sums are not used
+    best, _, target, _, _, _, before = parts.amax(0)  # (N,) each
+    # -inf - -inf would be NaN, and so would -inf times the sum of nothing
+    shift = (top - best.clamp_min(torch.finfo(parts.dtype).min)).clamp_min(LEAST)  # (P, N)
+    scale = shift.exp()
     return torch.stack(
         [
             best,
             (scale * total).sum(0),
-            target.amax(0),
-            (scale * (weighted + shift * total)).sum(0),
+            target,
+            (scale * torch.addcmul(weighted, shift, total)).sum(0),
             (scale * scale * square).sum(0),
             summed.sum(0),
-            before.amax(0),
+            before,
         ]
     )
 
