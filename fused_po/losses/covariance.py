@@ -48,8 +48,8 @@ class ClipCov(CovarianceLoss):
     (``clip_cov_lb``, ``clip_cov_ub``) (Cui et al., arXiv 2505.22617).
 
     Which of them is chance in the paper and in verl; here it follows from their order and ``seed``, so that a step can
-    be
-    repeated: change the seed from step to step.
+    be repeated: change the seed from step to step. Micro-batches, each with means of its own, do not add up to the full
+    batch.
 
     Args:
         clip_cov_ratio: 2e-4, share of the call's tokens that is dropped, at least one token.
@@ -86,7 +86,8 @@ class KlCov(CovarianceLoss):
     """KL-Cov: ``-r A``, plus ``ppo_kl_coef |log r|`` on the tokens with the largest covariance ``(A - mean A) (log pi
     - mean log pi)`` (Cui et al., arXiv 2505.22617).
 
-    Nothing is clipped; the clip metrics count what PPO would clip.
+    Nothing is clipped; the clip metrics count what PPO would clip. Micro-batches, each with means of its own, do not
+    add up to the full batch.
 
     Args:
         kl_cov_ratio: 2e-4, share of the call's tokens, at least one token.

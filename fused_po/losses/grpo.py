@@ -125,11 +125,19 @@ class Bnpo(GrpoLoss):
     """GRPO's surrogate ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)``, mean over the tokens of the call (TRL's
     ``bnpo``; Xiao et al., arXiv 2506.02864).
 
-    ``num_items`` does not count here: gradient accumulation averages the means of its calls.
+    ``num_items`` does not count here, nor for the entropy bonus: gradient accumulation averages the means of its calls,
+    so micro-batches of different lengths do not add up to the full batch. ``dapo`` is the loss that does.
     """
+
+    @property
+    def not_additive(self) -> str | None:
+        return "its mean is over the tokens of one call, by definition"
 
     def aggregate(self, values: Tensor, batch: Batch) -> Tensor:
         return batch.mean_call_tokens(values)
+
+    def mean_entropy(self, entropy: Tensor, batch: Batch) -> Tensor:
+        return batch.mean_call_tokens(entropy)
 
 
 @register("dr_grpo")

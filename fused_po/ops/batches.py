@@ -95,6 +95,7 @@ def call_batch(
     num_items: Number | None,
     num_sequences: Number | None,
     dtype: torch.dtype,
+    num_chosen_items: Number | None = None,
 ) -> Batch:
     """The batch of the whole call.
 
@@ -104,6 +105,7 @@ def call_batch(
         num_items: number of loss tokens to normalise by; None counts those of the call.
         num_sequences: number of sequences to normalise by; None counts those of the call.
         dtype: of side inputs per token; those per sequence become float64.
+        num_chosen_items: number of loss tokens of chosen answers to normalise by; None counts those of the call.
 
     Raises:
         ValueError: a side input of another shape, dtype or device than its name allows.
@@ -115,6 +117,9 @@ def call_batch(
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
     sequences = _normaliser("num_sequences", max(count, 1) if num_sequences is None else num_sequences, device)
     share = sequences / max(count, 1)
+    chosen_tokens = lengths[: count // 2].sum().clamp_min(1) * share
+    if num_chosen_items is not None:
+        chosen_tokens = _normaliser("num_chosen_items", num_chosen_items, device)
     per_token: dict[str, Tensor] = {}
     per_sequence: dict[str, Tensor] = {}
     scalars: dict[str, Tensor] = {}
@@ -142,7 +147,7 @@ def call_batch(
         num_sequences=sequences,
         num_pairs=sequences / 2,
         num_call_tokens=lengths.sum().clamp_min(1) * share,
-        num_chosen_tokens=lengths[: count // 2].sum().clamp_min(1) * share,
+        num_chosen_tokens=chosen_tokens,
         mask=layout.mask,
         per_token=per_token,
         per_sequence=per_sequence,
@@ -234,19 +239,23 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
 
 
 def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
-    """What a loss divides by, (); a tensor is not looked at, and counts as 1 where it is 0."""
-    if not isinstance(value, Tensor):
+    """What a loss divides by, (); a tensor of 0 counts as 1, and one of a GPU that is no count makes the loss NaN."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number: got shape {tuple(value.shape)}")
+        require_real(**{name: value})
+        legal = not looks_at(value) or 0 <= value.item() < float("inf")
+    else:
         require_number(name, value)
-    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
+        legal = 0 < value < float("inf")
+    if not legal:
         raise ValueError(f"{name} must be above 0: got {value}")
     found = _number(value, device)
-    return torch.where(found > 0, found, 1.0)
+    return torch.where(found == 0, 1.0, torch.where((found > 0) & found.isfinite(), found, torch.nan))
 
 
 def _number(value: Number, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"a normaliser must be one number: got shape {tuple(value.shape)}")
         if value.device == device or torch.compiler.is_compiling():
             return value.detach().reshape(()).double().to(device)
         if value.device.type != "cpu":

@@ -46,6 +46,7 @@ def linear_loss(
     cu_seqlens: Tensor | None = None,
     num_items: Number | None = None,
     num_sequences: Number | None = None,
+    num_chosen_items: Number | None = None,
     split: Split | None = None,
     split_gradients: bool | str = False,
     max_dropped_mass: float = 0.0,
@@ -78,6 +79,10 @@ def linear_loss(
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
             call.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
+        num_chosen_items: number of loss tokens of the chosen answers to normalise by, for the NLL of ``cpo``, ``orpo``
+            and paired ``sft``; default counted from this call. With the normalisers given, the gradients of
+            micro-batches that keep pairs together add up to that of the whole batch, for every loss whose
+            ``not_additive`` is None.
         split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``); the reported
             loss is not changed by it, its gradient is.
         split_gradients: True also returns the gradients of the positive and the negative part (``.split_gradients``),
@@ -140,7 +145,7 @@ def linear_loss(
     if call.wanted.any:
         _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
     names = part_names(split_gradients)
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)

@@ -316,7 +316,7 @@ def _takes_sums(loss: losses.Loss, name: str) -> bool:
 
 def _normalisers(rng: Random, problem: Problem) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ("num_items", "num_sequences"):
+    for name in ("num_items", "num_sequences", "num_chosen_items"):
         if rng.random() < 0.3:
             number = rng.choice((1, 7, 2.5))
             found[name] = rng.choice((number, torch.tensor(number)))

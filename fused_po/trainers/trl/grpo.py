@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fused_po.splits import Split
 from fused_po.trainers.trl import hook
 from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
 
-__all__ = ["FusedGRPOTrainer"]
+__all__ = ["FusedGRPOTrainer", "with_entropy_of_the_call"]
 
 # loss types whose normaliser spans the generation batch
 OVER_TOKENS = ("cispo", "dapo", "vespo")
@@ -71,7 +72,7 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
         vespo = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
         named |= {name: getattr(self, name) for name in of_trainer}
         named |= {name: getattr(self.args, name) for name in (*of_arguments, *vespo)}
-        return losses.create(self.loss_type, **accepted([self.loss_type], named))
+        return with_entropy_of_the_call(losses.create(self.loss_type, **accepted([self.loss_type], named)))
 
     def _entropy_weight(self) -> float:
         """What TRL's controller applies in this step."""
@@ -100,6 +101,13 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
         return {
             name: _widened(value, labels) for name, value in found.items() if name in loss.needs and value is not None
         }
+
+
+def with_entropy_of_the_call(loss: losses.Loss) -> losses.Loss:
+    """The loss with TRL's entropy bonus: the mean over one micro-batch, whatever ``num_items_in_batch`` says."""
+    kind = type(loss)
+    mean = {"mean_entropy": staticmethod(lambda entropy, batch: batch.mean_call_tokens(entropy))}
+    return type(kind.__name__, (kind,), mean)(**{one.name: getattr(loss, one.name) for one in fields(loss) if one.init})
 
 
 def _widened(values: Tensor, labels: Tensor) -> Tensor:
