@@ -119,7 +119,8 @@ def _covariance(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
 
 
 def _share(ratio: float, batch: Batch) -> Tensor:
-    return (batch.lengths.sum() * ratio).floor().clamp_min(1)
+    # 0.29 times 100 is 29, to rounding
+    return (batch.lengths.sum().double() * ratio + 1e-9).floor().clamp_min(1)
 
 
 def _first(values: Tensor) -> Tensor:

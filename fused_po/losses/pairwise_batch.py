@@ -130,7 +130,8 @@ class BetaDPO(BatchPairLoss):
         reward, shift = self.beta * margin.detach(), batch.scalar("shift")
         distance = (reward if shift is None else reward - shift).abs()
         place = torch.where(members, distance, torch.inf).argsort(stable=True).argsort()  # (P,)
-        kept = members & (place < (members.sum() * self.kept).ceil())
+        # 0.55 times 20 is 11, to rounding
+        kept = members & (place < (members.sum().double() * self.kept - 1e-9).ceil())
         usual = torch.where(kept, reward, 0.0).sum() / kept.sum().clamp_min(1)
         usual = usual if shift is None else usual - shift
         beta = (self.beta * (1.0 + self.beta_alpha * usual)).clamp_min(self.beta_min)
@@ -138,5 +139,5 @@ class BetaDPO(BatchPairLoss):
         weight = self.pair_weight(stats, batch)
         loss = loss if weight is None else loss * weight
         # the mean over the pairs that are kept, as a share of all
-        share = members.sum() / kept.sum().clamp_min(1)
+        share = members.sum().double() / kept.sum().clamp_min(1)
         return torch.where(kept, loss * share, 0.0)

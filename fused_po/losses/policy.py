@@ -223,7 +223,7 @@ class PolicyLoss(Loss):
         if mask is None:
             return self.mean_entropy(entropy, batch)
         # the mean over fewer tokens
-        share = batch.lengths.sum() / mask.sum().clamp_min(1)
+        share = batch.lengths.sum().double() / mask.sum().clamp_min(1)
         return self.mean_entropy(torch.where(mask, entropy, 0.0), batch) * share
 
 

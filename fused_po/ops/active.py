@@ -44,7 +44,7 @@ class Arranged:
         if mine is None or not bool(mine.any()):
             return Arranged(rows, None, None, rows.count)
         order = torch.cat([(~mine).nonzero(), mine.nonzero()]).squeeze(1)
-        places = torch.cat([torch.arange(start, stop) for start, stop in rows.ranges])[order]
+        places = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in rows.ranges])[order]
         order, planned = order.to(device, non_blocking=True), places.to(device, non_blocking=True)
         positions = planned if rows.positions is None else rows.positions.index_select(0, planned)
         active = rows.count - int(mine.sum())

@@ -219,7 +219,7 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
         if value.numel() != 1:
             raise ValueError(f"{name} must have shape (): got {tuple(value.shape)}")
         return value.detach().reshape(()), False
-    shapes = {} if name in TOKEN_FLAGS else {False: (count,)}
+    shapes: dict[bool, tuple[int, ...]] = {} if name in TOKEN_FLAGS else {False: (count,)}
     shapes |= {} if name in PER_SEQUENCE else {True: tuple(labels.shape)}
     found = [by_token for by_token, shape in shapes.items() if tuple(value.shape) == shape]
     # what packed labels leave to a guess where there are as many tokens as sequences can be said by the shape

@@ -161,7 +161,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
         ValueError: not a 1-D integer tensor from 0 to ``count`` that never decreases.
     """
     if cu_seqlens is None:
-        return torch.tensor([0, count])
+        return torch.tensor([0, count], device="cpu")
     require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor: got {_shape(cu_seqlens)} {cu_seqlens.dtype}")

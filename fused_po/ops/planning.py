@@ -121,7 +121,7 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
         lengths = loss.sum(1)
     else:
         bounds = check_cu_seqlens(cu_seqlens, labels.shape[0])
-        counts = torch.cat([torch.zeros(1, dtype=torch.int64), loss.cumsum(0)])
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), loss.cumsum(0)])
         lengths = counts[bounds[1:]] - counts[bounds[:-1]]
     loss = loss.reshape(-1)
     rows = None if bool(loss.all()) else loss.nonzero().squeeze(1).to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,19 @@ class Found:
 
 
 def operate(problem: Problem, backend: str | None = None) -> Found:
-    """The problem through its operation."""
+    """The problem through its operation, under another default dtype and device."""
+    dtype, device = problem.ambient
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # entered only where it says something: each call of torch passes through it
+        with torch.device(device) if device != "cpu" else nullcontext():
+            return _operate(problem, backend)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _operate(problem: Problem, backend: str | None) -> Found:
     form = _Form(problem)
     leaves = {
         name: (form.pack(t) if name == "hidden" else t).detach().requires_grad_(name not in problem.frozen)
@@ -95,10 +108,10 @@ class _Form:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        count = torch.tensor(problem.rows)
+        count = torch.tensor(problem.rows, device="cpu")
         packed = problem.layout == "packed"
         length = problem.labels.shape[1]
-        self.kept = torch.arange(length) < count.unsqueeze(1) if packed else None  # (B, S)
+        self.kept = torch.arange(length, device="cpu") < count.unsqueeze(1) if packed else None  # (B, S)
         self.bounds = torch.nn.functional.pad(count.cumsum(0), (1, 0)) if packed else None
 
     def pack(self, values: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ from tests.losses.cases import side_inputs
 __all__ = ["NARROW", "Problem", "draw", "draw_loss"]
 
 IGNORE = -100
+# what a call should not care about; nothing on the CPU works together with what was made on "meta"
+DEFAULT_DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float64)
+DEFAULT_DEVICES = ("cpu", "cpu", "cpu", "meta")
 ROUTES = ("linear_loss", "linear_loss", "linear_token_stats", "token_stats")
 # float64 is for the reference alone
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,6 +135,7 @@ class Problem:
         layout: ``padded``, ``static`` (padded, planned by shapes alone) or ``packed``.
         planned: the plan is made before.
         frozen: names of the tensors that need no gradient.
+        ambient: the default dtype and device that the call is made under.
     """
 
     seed: int
@@ -154,6 +158,7 @@ class Problem:
     split_gradients: bool | str
     scratch_bytes: int
     route: str
+    ambient: tuple[torch.dtype, str]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +187,7 @@ class Problem:
             f"bias {self.bias is not None}, vocab_size {self.vocab_size}, T {self.temperature}, "
             f"softcap {self.softcap}, scale {self.logit_scale}, side inputs {given}, {self.normalisers}, "
             f"planned {self.planned}, frozen {sorted(self.frozen)}, split {self.split}, "
-            f"parts {self.split_gradients}, scratch {self.scratch_bytes}"
+            f"parts {self.split_gradients}, scratch {self.scratch_bytes}, under {self.ambient}"
         )
 
 
@@ -239,6 +244,7 @@ def draw(seed: int, *, dtypes: tuple[torch.dtype, ...] = (), names: tuple[str, .
         split_gradients=rng.choice((False, False, False, True, "thirds")) if route == "linear_loss" else False,
         scratch_bytes=rng.choice((0, 200, 1000, 5000, 1 << 20)),
         route=route,
+        ambient=(rng.choice(DEFAULT_DTYPES), rng.choice(DEFAULT_DEVICES)),
     )
     return replace(problem, side_inputs=_side_inputs(rng, problem), normalisers=_normalisers(rng, problem))
 
