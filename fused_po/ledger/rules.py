@@ -35,9 +35,12 @@ _PICK = {"aten::index_select", "aten::gather", "aten::index", "aten::embedding"}
 # they write as much into their first argument as the last one holds; the second kind reads it too
 _PUT = {"aten::index_copy_", "aten::scatter_", "aten::index_put_", "aten::masked_scatter_"}
 _ADD_INTO = {"aten::index_add_", "aten::scatter_add_"}
-# scans and sorts of CUDA take several kernels, and so does what is built of them
+# scans and sorts of CUDA take several kernels, and so does what is built of them; a sum of segments of given lengths
+# makes offsets of them first
 _LAUNCHES = {
     "aten::cumsum": 2,
+    "aten::segment_reduce": 5,
+    "aten::_segment_reduce_backward": 6,
     "aten::repeat_interleave": 3,
     "aten::sort": 4,
     "aten::argsort": 4,
@@ -92,7 +95,7 @@ def cost(
         return None
     waits = int(name in _WAITS or _chooses_by_mask(name, args) or _returns_to_host(name, taken, given, device))
     if waits:
-        return Cost(traffic=sum(map(footprint, taken)), launches=_LAUNCHES.get(name, 1), waits=waits)
+        return Cost(traffic=sum(map(footprint, taken)), launches=_launches(name, kwargs), waits=waits)
     written = _written(func, args, kwargs)
     if not written and _is_view(taken, given):
         return None
@@ -101,7 +104,13 @@ def cost(
     if name in _BLOCK_PRODUCTS:
         return _block_product(name, args)
     traffic = _traffic(name, args, taken, given, written)
-    return Cost(traffic=traffic, launches=_LAUNCHES.get(name, 1) if traffic else 0)
+    return Cost(traffic=traffic, launches=_launches(name, kwargs) if traffic else 0)
+
+
+def _launches(name: str, kwargs: Mapping[str, Any]) -> int:
+    found = _LAUNCHES.get(name, 1)
+    # lengths of given offsets are one difference
+    return found - 3 if kwargs.get("offsets") is not None else found
 
 
 def _product(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,21 +23,24 @@ def intercepted(note: Callable[[str, Cost], None]) -> Iterator[None]:
     if importlib.util.find_spec("triton") is None:
         yield
         return
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        moved = moved_parameters(kernel.src)
+        moved = moved_parameters(inspect.getsource(kernel.fn))
         pointers = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         traffic = sum(moved.get(name, 1) * footprint(value) for name, value in pointers.items())
-        note(f"triton::{kernel.__name__}", Cost(traffic=traffic))
+        note(f"triton::{kernel.fn.__name__}", Cost(traffic=traffic))
 
-    before = JITFunction.run
-    JITFunction.run = run
+    before = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+    for kind in before:
+        kind.run = run
     try:
         yield
     finally:
-        JITFunction.run = before
+        for kind, own in before.items():
+            kind.run = own
 
 
 def moved_parameters(source: str) -> dict[str, int]:
