@@ -11,7 +11,7 @@ from tests.kernels.ptx.parse import Instruction, Kernel, Label, Memory, Operand,
 __all__ = ["Block", "blocks_of", "reads_and_writes"]
 
 # operands that are not written first
-STORING = {"st", "bar", "barrier", "bra", "ret", "exit", "fence", "membar", "cp", "trap", "prefetch"}
+STORING = {"st", "bar", "barrier", "bra", "ret", "exit", "fence", "membar", "cp", "trap", "prefetch", "stmatrix"}
 # other units than that of ordinary arithmetic execute these
 SPECIAL = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div"}
 

@@ -18,16 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_po.kernels.build import BuildError, Toolkit
 from fused_po.kernels.contract import Coefficients, Span, Transform
+from fused_po.testing import KernelProblem
 from tests.kernels.fiber import CSRC, Fibers, build
 from tests.kernels.ptx.machine import Counters, Geometry, Program, run
 from tests.kernels.ptx.memory import Global, Region, put_back, region_of
 from tests.kernels.ptx.parse import Module
 
-__all__ = ["CudaPtx", "modules", "unavailable"]
+__all__ = ["CudaPtx", "modules", "noted_kernels", "unavailable"]
 
 KERNELS = ("row_stats", "row_softmax", "row_grad")
 FLAGS = ("-ptx", "-O3", "-std=c++17")
@@ -99,6 +101,21 @@ def _noted() -> Iterator[list[Launch]]:
     geometry = Geometry((plan["blocks"], 1, 1), plan["threads"], plan["cluster"], plan["shared"])
     kernel = library.fused_po_noted_kernel().decode()
     found.append(Launch(kernel, geometry, ctypes.string_at(library.fused_po_noted_arguments(), size)))
+
+
+def noted_kernels(gpu: str, kernel: str, problem: KernelProblem, outputs: tuple[str, ...], entropy: bool) -> set[str]:
+    """The instance that the host code launches, which is not run."""
+    p, fibers, span = problem, Fibers(gpu), Span(0, problem.vocab_size)
+    with _noted() as noted:
+        if kernel == "row_stats":
+            fibers.row_stats(p.x, p.labels, p.transform, span, outputs)
+        elif kernel == "row_softmax":
+            fibers.row_softmax(p.x, p.labels, p.transform, span, outputs, p.x)
+        else:
+            c = p.x.new_zeros(len(p.x), dtype=torch.float32)
+            coefficients = Coefficients(c, c if entropy else None)
+            fibers.row_grad(p.x, p.labels, p.transform, span, c.new_zeros(4, len(c)), coefficients, p.x)
+    return {launch.kernel for launch in noted}
 
 
 class CudaPtx(Fibers):

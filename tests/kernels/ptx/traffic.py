@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.kernels.ptx.instructions import COMPUTING, Unknown, set_register
-from tests.kernels.ptx.parse import Immediate, Instruction, Memory, Operand, Register, Symbol, Vector
+from tests.kernels.ptx.parse import Immediate, Instruction, Memory, Operand, Symbol, Vector
 from tests.kernels.ptx.translate import VIEWS, Writer, kind_of
 
 __all__ = ["emit"]
@@ -182,25 +182,22 @@ def _trap(w: Writer, i: Instruction) -> None:
     w.line(f"M.trap({_mask(w, i)}, I)")
 
 
-def _product(w: Writer, i: Instruction) -> None:
-    """wgmma, in `products`: a descriptor of shared memory each for both factors, or registers for the first."""
+def _matrices(w: Writer, i: Instruction) -> None:
+    """ldmatrix and stmatrix."""
     _unguarded(w, i)
-    if i.op[1] != "mma_async":
-        w.line(f"M.products.{i.op[1]}({', '.join(str(o.value) for o in i.operands if isinstance(o, Immediate))})")
-        return
-    results = _parts(i.operands[0])
-    first, second, scale, *numbers = i.operands[1:]
-    values = [number.value for number in numbers if isinstance(number, Immediate)]
-    if isinstance(first, Vector) or len(values) != 4 or values[:2] != [1, 1]:
+    place = 1 if i.op[0] == "ldmatrix" else 0
+    registers, address = _parts(i.operands[1 - place]), w.address(i.operands[place])
+    if "m8n8" not in i.op or "b16" not in i.op:
         raise Unknown(i.text)
-    shape, kinds = i.op[4], i.op[5:]
-    before = ", ".join(w.read(operand, "f32") for operand in results)
+    turned = "trans" in i.op
+    if place == 0:
+        values = ", ".join(w.read(operand, "b32") for operand in registers)
+        w.line(f"M.store_matrices({address}, [{values}], {turned}, I)")
+        return
     found = w.temporary()
-    given = f"{w.read(first, 'b64')}, {w.read(second, 'b64')}, {w.read(scale, 'pred')}, {tuple(values[2:])}"
-    w.line(f"{found} = M.products.multiply({shape!r}, {kinds!r}, [{before}], {given}, I)")
-    for number, operand in enumerate(results):
-        assert isinstance(operand, Register)
-        w.write(operand, "f32", f"{found}[{number}]")
+    w.line(f"{found} = M.load_matrices({address}, {len(registers)}, {turned}, I)")
+    for number, operand in enumerate(registers):
+        set_register(w, i, operand, "b32", f"{found}[{number}]")
 
 
 MOVING: dict[str, Callable[[Writer, Instruction], str | None]] = {
@@ -216,7 +213,8 @@ MOVING: dict[str, Callable[[Writer, Instruction], str | None]] = {
     "membar": _fence,
     "cp": _copy,
     "trap": _trap,
-    "wgmma": _product,
+    "ldmatrix": _matrices,
+    "stmatrix": _matrices,
     "ret": _unguarded,
     "exit": _unguarded,
 }
