@@ -79,7 +79,9 @@ class Calls:
         if not len(lanes):
             return np.zeros((size // np.dtype(dtype).itemsize, len(addresses)), dtype)
         blocks = self.threads.block[lanes]
-        return self._spread(self.shared.load(addresses[chosen], blocks, size, dtype), chosen, len(addresses))
+        return self._spread(
+            self.shared.load(addresses[chosen], blocks, size, dtype, self.threads.warp[lanes]), chosen, len(addresses)
+        )
 
     def store_shared(self, addresses: Array, values: list[Array], dtype: Any, mask: Array | None, I: Any) -> None:  # noqa: E741
         chosen, lanes = self._chosen(mask, I)
@@ -188,7 +190,7 @@ class Calls:
     def load_matrices(self, addresses: Array, count: int, turned: bool, I: Any) -> list[Array]:  # noqa: E741
         lanes = self.threads.lanes[I]
         self.threads.whole(lanes, "ldmatrix")
-        return matrices.load(self.shared, addresses, self.threads.block[lanes], count, turned)
+        return matrices.load(self.shared, addresses, self.threads.block[lanes], self.threads.warp[lanes], count, turned)
 
     def store_matrices(self, addresses: Array, values: list[Array], turned: bool, I: Any) -> None:  # noqa: E741
         lanes = self.threads.lanes[I]

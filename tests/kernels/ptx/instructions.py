@@ -352,5 +352,5 @@ COMPUTING: dict[str, Callable[[Writer, Instruction], None]] = {
     "cvta": _cvta,
     **{name: _approximate(name) for name in ("ex2", "rcp", "lg2", "rsqrt", "sqrt", "tanh")},
     "popc": lambda w, i: set_register(w, i, i.operands[0], "u32", f"count_bits({w.read(i.operands[1], i.op[-1])})"),
-    **dict.fromkeys(("prefetch", "nanosleep"), _nothing),
+    **dict.fromkeys(("prefetch", "nanosleep", "nop"), _nothing),
 }

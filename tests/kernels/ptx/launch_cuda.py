@@ -12,7 +12,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from fused_po.testing import KernelProblem
 from tests.kernels.fiber import CSRC, Fibers, build
 from tests.kernels.ptx.machine import Counters, Geometry, Program, run
 from tests.kernels.ptx.memory import Global, Region, put_back, region_of
-from tests.kernels.ptx.parse import Module
+from tests.kernels.ptx.parse import Kernel, Module
 
 __all__ = ["CudaPtx", "modules", "noted_kernels", "unavailable"]
 
@@ -124,26 +124,39 @@ class CudaPtx(Fibers):
     Args:
         gpu: one of ``fiber.GPUS``, whose plans are made.
         architecture: of the PTX.
-        seed: of the machine, see ``machine.run``.
+        seed, salt: of the machine, see ``machine.run``.
+        change: what to do to a kernel before it runs.
 
     Attributes:
         launches: what was launched, with what it did.
     """
 
-    def __init__(self, gpu: str, architecture: str = "90a", seed: int = 1) -> None:
+    def __init__(
+        self,
+        gpu: str,
+        architecture: str = "90a",
+        seed: int = 1,
+        salt: int | None = None,
+        change: Callable[[Kernel], None] | None = None,
+    ) -> None:
         super().__init__(gpu)
-        self.architecture, self.seed = architecture, seed
+        self.architecture, self.seed, self.salt, self.change = architecture, seed, salt, change
         self.launches: list[tuple[Launch, Counters]] = []
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
         return unavailable() or super().unsupported(kernel, x)
 
     def program(self, file: str, launch: Launch) -> Program:
-        return program(self.architecture, file, launch.kernel)
+        if self.change is None:
+            return program(self.architecture, file, launch.kernel)
+        kernel = modules(self.architecture)[file].fresh_kernel(launch.kernel)
+        self.change(kernel)
+        return Program(kernel)
 
     def _run(self, file: str, launch: Launch, regions: list[tuple[Region, Tensor]]) -> None:
         memory = Global([region for region, _ in regions])
-        counters = run(self.program(file, launch), launch.geometry, launch.parameters, memory, self.seed)
+        made = self.program(file, launch)
+        counters = run(made, launch.geometry, launch.parameters, memory, self.seed, salt=self.salt)
         for region, tensor in regions:
             if region.writable:
                 put_back(region, tensor)

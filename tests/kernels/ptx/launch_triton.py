@@ -1,8 +1,9 @@
-"""The Triton kernels as a backend: the wrappers of ``triton_rows`` run as they are, their launches run on the machine."""
+"""The Triton kernels as a backend: the wrappers of ``triton_rows`` as they are, with launches that the machine runs."""
 
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from fused_po.kernels.contract import Coefficients, Span, Transform
 from tests.kernels.ptx.launch_cuda import contiguous, inputs, output
 from tests.kernels.ptx.machine import Counters, Geometry, Program, run
 from tests.kernels.ptx.memory import Global, Region, put_back, region_of
-from tests.kernels.ptx.parse import Module
+from tests.kernels.ptx.parse import Kernel, Module
 
 __all__ = ["Compiled", "Launched", "TritonPtx", "compiled", "noted"]
 
@@ -118,10 +119,14 @@ def noted(module: Any, architecture: int) -> Iterator[list[Launched]]:
 
 
 def execute(
-    launch: Launched, architecture: int, regions: list[tuple[Region, Tensor]], seed: int, blocks: range | None = None
+    launch: Launched,
+    made: Compiled,
+    regions: list[tuple[Region, Tensor]],
+    seed: int,
+    blocks: range | None = None,
+    salt: int | None = None,
 ) -> Counters:
     """Run a launch, and put what it wrote into the tensors."""
-    made = compiled(launch, architecture)
     kernel = made.program.kernel
     given = [(type_, value) for type_, value, kept in zip(made.types, launch.arguments, made.kept, strict=True) if kept]
     # Triton appends pointers to memory of its own, which these kernels have none of
@@ -138,7 +143,7 @@ def execute(
     grid = (*launch.grid, 1, 1)[:3]
     geometry = Geometry(grid, 32 * made.warps, 1, made.shared)
     memory = Global([region for region, _ in regions])
-    counters = run(made.program, geometry, bytes(parameters), memory, seed, blocks)
+    counters = run(made.program, geometry, bytes(parameters), memory, seed, blocks, salt)
     for region, tensor in regions:
         if region.writable:
             put_back(region, tensor)
@@ -150,14 +155,21 @@ class TritonPtx:
 
     Args:
         architecture: for example 90.
-        seed: of the machine, see ``machine.run``.
+        seed, salt: of the machine, see ``machine.run``.
+        change: what to do to a kernel before it runs.
 
     Attributes:
         launches: what was launched, with what it did.
     """
 
-    def __init__(self, architecture: int = 90, seed: int = 1) -> None:
-        self.architecture, self.seed = architecture, seed
+    def __init__(
+        self,
+        architecture: int = 90,
+        seed: int = 1,
+        salt: int | None = None,
+        change: Callable[[Kernel], None] | None = None,
+    ) -> None:
+        self.architecture, self.seed, self.salt, self.change = architecture, seed, salt, change
         self.launches: list[tuple[Launched, Counters]] = []
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
@@ -169,7 +181,12 @@ class TritonPtx:
 
     def _run(self, launches: list[Launched], regions: list[tuple[Region, Tensor]]) -> None:
         for launch in launches:
-            self.launches.append((launch, execute(launch, self.architecture, regions, self.seed)))
+            made = compiled(launch, self.architecture)
+            if self.change is not None:
+                kernel = copy.deepcopy(made.program.kernel)
+                self.change(kernel)
+                made = made._replace(program=Program(kernel))
+            self.launches.append((launch, execute(launch, made, regions, self.seed, salt=self.salt)))
 
     def row_stats(
         self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]

@@ -7,7 +7,7 @@ by themselves. Which warps are chosen, and for how many steps, is up to `Schedul
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,8 @@ class Program:
         self.positions: list[list[int]] = [[]] * len(self.blocks)
         self.live = sorted({slot for block in self.blocks for slot in block.live})
         ops = {i.op[:3] for i in kernel.instructions}
+        sizes = [int(i.op[-1][-2:].lstrip("bfsu")) // 8 for i in kernel.instructions if "shared" in i.op]
+        self.grain = min(4, *sizes, 4)
         self.proxied = ("cp", "async", "bulk") in ops or any(op[0] == "wgmma" for op in ops)
 
     def function(self, number: int) -> Any:
@@ -78,14 +80,16 @@ def run(
     memory: Global,
     seed: int = 1,
     blocks: range | None = None,
+    salt: int | None = None,
 ) -> Counters:
     """Launch a kernel.
 
     Args:
         parameters: as they lie in its parameter space.
         memory: what it may touch.
-        seed: of the order of threads, of garbage, and of the errors of approximate instructions.
+        seed: of the order of threads and of garbage.
         blocks: which of the grid's blocks run, whole clusters; None stands for all.
+        salt: of the errors of approximate instructions; None takes the seed.
 
     Raises:
         Fault: something that a GPU would not forgive, or that would hang.
@@ -98,7 +102,9 @@ def run(
     with np.errstate(all="ignore"):
         for first in range(chosen.start, chosen.stop, each):
             part = range(first, min(first + each, chosen.stop))
-            Machine(program, geometry, parameters, memory, seed, generator, part, counters).run()
+            Machine(
+                program, geometry, parameters, memory, seed, generator, part, counters, seed if salt is None else salt
+            ).run()
     counters.read, counters.written = memory.read, memory.written
     return counters
 
@@ -115,16 +121,15 @@ class Machine(Calls):
     generator: np.random.Generator
     running: range
     counters: Counters
-    salt: int = field(init=False)
+    salt: int
 
     def __post_init__(self) -> None:
         g, kernel = self.geometry, self.program.kernel
-        self.salt = self.seed
         self.threads = Threads(g.grid, g.threads, g.cluster, self.running)
         count = self.threads.count
         size = kernel.static + g.shared
         blocks = len(self.running)
-        self.shared = Shared(blocks, size, g.cluster > 1, self.program.proxied, self.generator)
+        self.shared = Shared(blocks, size, g.cluster > 1, self.program.proxied, self.program.grain, self.generator)
         self.scheduler = Scheduler(self.threads, self.seed, self.generator)
         self.engine = Engine(self.memory, self.shared, count, self.generator, self.scheduler.haste)
         self.meeting = Meeting(self.threads, self.shared, self.engine)

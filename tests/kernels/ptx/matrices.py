@@ -24,9 +24,9 @@ def _givers(lanes: int, count: int) -> Array:
     return (np.arange(0, lanes, WARP)[:, None] + np.arange(8 * count)).reshape(-1)
 
 
-def load(shared: Shared, addresses: Array, blocks: Array, count: int, turned: bool) -> list[Array]:
+def load(shared: Shared, addresses: Array, blocks: Array, warps: Array, count: int, turned: bool) -> list[Array]:
     givers = _givers(len(addresses), count)
-    rows = shared.load(addresses[givers], blocks[givers], 16, np.uint16).reshape(-1, count, 8, 8)
+    rows = shared.load(addresses[givers], blocks[givers], 16, np.uint16, warps[givers]).reshape(-1, count, 8, 8)
     rows = np.ascontiguousarray(rows.swapaxes(2, 3) if turned else rows)
     words = rows.view(np.uint32).reshape(-1, count, WARP)
     return [np.ascontiguousarray(words[:, number]).reshape(-1) for number in range(count)]

@@ -69,6 +69,8 @@ class Meeting:
             here = self.arrived[mine] & (self.token[mine] == self.generation[cluster])
             if left.any() and here[left].all():
                 self.generation[cluster] += 1
+                blocks = self.threads.cluster
+                self.shared.races.epoch[int(cluster) * blocks : (int(cluster) + 1) * blocks] += 1
                 waiting = self.threads.status[mine] == AT_CLUSTER
                 self.threads.status[mine][waiting] = READY
                 self.arrived[mine][waiting] = False
@@ -113,7 +115,8 @@ class Meeting:
         mine = blocks == own
         if mine.any():
             # a block sees what it wrote itself
-            found[mine] = self.shared.load(local[mine], blocks[mine], size, dtype)
+            warps = self.threads.warp[lanes[mine]]
+            found[mine] = self.shared.load(local[mine], blocks[mine], size, dtype, warps)
         return found
 
     def end(self, lanes: Array) -> None:

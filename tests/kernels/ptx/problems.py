@@ -58,7 +58,7 @@ def problem(
         the problem, and the rows that are not ignored.
     """
     random = np.random.default_rng(seed)
-    rows = int(random.integers(2, 5))
+    rows = int(random.integers(5, 9))
     width = int(random.integers(1, 1200)) if width is None else width
     padding = int(random.choice([0, 0, 5]))
     aligned = bool(random.random() < 0.5) if aligned is None else aligned
@@ -67,7 +67,7 @@ def problem(
     memory = torch.full((rows, stride + 8), torch.nan, dtype=FLOATS[element])[:, : stride + 8]
     memory = memory.flatten()[: rows * stride + 8].clone()
     x = memory[offset:].as_strided((rows, width + padding), (stride, 1))
-    values = random.choice([0.5, 3.0, 20.0]) * random.standard_normal((rows, width))
+    values = random.choice([0.5, 3.0]) * random.standard_normal((rows, width))
     labels = random.integers(0, width, rows)
     values[np.arange(rows), labels] += random.choice([0.0, 6.0, 18.0])
     if random.random() < 0.3:

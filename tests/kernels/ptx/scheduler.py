@@ -9,12 +9,16 @@ import numpy.typing as npt
 
 from tests.kernels.ptx.threads import READY, Threads
 
-__all__ = ["TEMPERS", "Scheduler"]
+__all__ = ["ORDERS", "Scheduler"]
 
 Array = npt.NDArray[Any]
 # together: mostly all warps side by side, the fastest here; mixed: any set of warps; alone: one warp as far as it gets;
 # laggard: one block or warp only when no other can go on
 TEMPERS = ("together", "mixed", "alone", "laggard")
+# how soon copies land
+HASTE = (0.3, 0.0, 1.0)
+# seeds after which all combinations were drawn
+ORDERS = len(TEMPERS) * len(HASTE)
 
 
 class Scheduler:
@@ -27,7 +31,7 @@ class Scheduler:
     def __init__(self, threads: Threads, seed: int, generator: np.random.Generator) -> None:
         self.threads, self.generator = threads, generator
         self.temper = TEMPERS[seed % len(TEMPERS)]
-        self.haste = (0.3, 0.0, 1.0)[seed // len(TEMPERS) % 3]
+        self.haste = HASTE[seed // len(TEMPERS) % len(HASTE)]
         unit = threads.block if len(threads.running) > 1 and seed // 2 % 2 else threads.warp
         self.slow = unit == generator.integers(0, unit[-1] + 1)
 

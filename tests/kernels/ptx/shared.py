@@ -1,5 +1,6 @@
 """Shared memory of the blocks that run: what each of them sees of it, and what others and the copy engine see.
 
+- Warps that touch the same place without a barrier between them are a fault, see `races`.
 - It begins as garbage, and ends with its block.
 - Another block of the cluster sees what was written before an arrival with release at the cluster barrier, by the
   thread that arrives or, before a block barrier, by any thread of its block. Until then it sees what was there before.
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.kernels.ptx.memory import Fault
+from tests.kernels.ptx.races import Races
 
 __all__ = ["BASE", "RANK_SHIFT", "Shared"]
 
@@ -23,6 +25,7 @@ BASE = 1024
 # an address in another block holds its rank in the cluster, plus 1, above this bit
 RANK_SHIFT = 24
 NOBODY, OBSERVED = -1, -2
+WARP = 32
 
 
 class Shared:
@@ -31,9 +34,12 @@ class Shared:
     Args:
         clustered: blocks see each other's memory.
         proxied: there is an engine beside the threads that reads or writes it.
+        grain: bytes of the smallest access.
     """
 
-    def __init__(self, blocks: int, size: int, clustered: bool, proxied: bool, generator: np.random.Generator) -> None:
+    def __init__(
+        self, blocks: int, size: int, clustered: bool, proxied: bool, grain: int, generator: np.random.Generator
+    ) -> None:
         self.size = size
         # a spare piece, since a vector of what is there must be aligned
         self.pitch = size + -size % 128 + 128
@@ -43,6 +49,7 @@ class Shared:
         self.pending: dict[int, list[tuple[int, Array, Array]]] = {block: [] for block in range(blocks)}
         self.alive = np.ones(blocks, bool)
         self.generator = generator
+        self.races = Races(blocks, blocks * self.pitch, grain)
 
     def place(self, addresses: Array, blocks: Array, size: int) -> Array:
         """Positions in ``bytes``, checked."""
@@ -54,10 +61,12 @@ class Shared:
             raise Fault(f"a misaligned access of {size} bytes to shared memory")
         return offsets + blocks * self.pitch
 
-    def load(self, addresses: Array, blocks: Array, size: int, dtype: Any) -> Array:
+    def load(self, addresses: Array, blocks: Array, size: int, dtype: Any, warps: Array) -> Array:
         """(n, size / itemsize) numbers."""
         count = size // np.dtype(dtype).itemsize
-        return self.bytes.view(dtype).reshape(-1, count)[self.place(addresses, blocks, size) // size]
+        places = self.place(addresses, blocks, size)
+        self.races.reading(places, size, blocks, warps)
+        return self.bytes.view(dtype).reshape(-1, count)[places // size]
 
     def load_peer(self, addresses: Array, blocks: Array, size: int, dtype: Any) -> Array:
         """From other blocks, as they have published it."""
@@ -71,6 +80,7 @@ class Shared:
         count = values.shape[1]
         size = values.dtype.itemsize * count
         places = self.place(addresses, blocks, size)
+        self.races.writing(places, size, blocks, lanes // WARP)
         self.bytes.view(values.dtype).reshape(-1, count)[places // size] = values
         if self.writers is not None:
             self.writers.reshape(-1, size)[places // size] = lanes[:, None]
@@ -88,6 +98,7 @@ class Shared:
 
     def observe(self, block: int) -> None:
         """A block barrier: what each thread wrote, all of the block have seen."""
+        self.races.epoch[block] += 1
         self.pending[block] = [(size, places, np.full_like(who, OBSERVED)) for size, places, who in self.pending[block]]
         if self.writers is not None:
             mine = self.writers[block * self.pitch : (block + 1) * self.pitch]
