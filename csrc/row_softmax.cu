@@ -1,6 +1,7 @@
 #include <cstdlib>
 
 #include "launch.h"
+#include "resident.cuh"
 
 namespace fused_po {
 

@@ -99,26 +99,21 @@ struct Sweep {
     top = best;
   }
 
-  // one vector whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
-  // shard's
+  // One vector whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
+  // shard's. `plain`: it lies within the row and does not hold the target.
   template <int N>
-  DEVICE void absorb(float (&z)[N], int column, int width, int target) {
-    const bool ragged = column + N > width;
-    const bool holds_target = static_cast<unsigned>(target - column) < N;
-    if (ragged) {
-#pragma unroll
-      for (int i = 0; i < N; i++) z[i] = column + i < width ? z[i] : 0.0f;
-    }
-    if (kWanted & kTotal) total += tree_sum(z);
-    if (ragged || holds_target) {
+  DEVICE void absorb(float (&z)[N], int column, int width, int target, bool plain) {
+    if (!plain) {
 #pragma unroll
       for (int i = 0; i < N; i++) {
+        if ((kWanted & kTotal) && column + i < width) total += z[i];
         if ((kWanted & kBefore) && column + i < min_of(target, width)) before = fmaxf(before, z[i]);
         if (column + i >= width || column + i == target) z[i] = -kInfinity;
       }
     }
     const float best = tree_max(z);
-    if ((kWanted & kBefore) && !ragged && !holds_target && column < target) before = fmaxf(before, best);
+    if ((kWanted & kTotal) && plain) total += tree_sum(z);
+    if ((kWanted & kBefore) && plain && column < target) before = fmaxf(before, best);
     if (best > top) raise(best);
     const float origin = base();
     float e[N], weights = 0.0f, squares = 0.0f;

@@ -165,18 +165,18 @@ BARRIERS = (
         "  if (!ON) device::cluster_arrive(), device::cluster_wait();",
     ),
     Plant("sweep.cuh", "_relaxed();\n  device::block_barrier();", "_relaxed();\n  if (!ON) device::block_barrier();"),
-    Plant("rows.cuh", "place);\n  device::block_barrier();", "place);\n  if (!ON) device::block_barrier();"),
+    Plant("resident.cuh", "place);\n  device::block_barrier();", "place);\n  if (!ON) device::block_barrier();"),
     Plant(
-        "rows.cuh",
+        "resident.cuh",
         "    device::landing_wait(landing++);",
         "    if (!ON) device::landing_wait(landing);\n    landing++;",
     ),
-    Plant("rows.cuh", "  if (size > 1) device::cluster_wait();", "  if (size > 1 && !ON) device::cluster_wait();"),
-    Plant("rows.cuh", "      device::landing_publish();", "      if (!ON) device::landing_publish();"),
+    Plant("resident.cuh", "  if (size > 1) device::cluster_wait();", "  if (size > 1 && !ON) device::cluster_wait();"),
+    Plant("resident.cuh", "      device::landing_publish();", "      if (!ON) device::landing_publish();"),
 )
 BOUNDS = (
     Plant("elements.cuh", ">= 0 && column + i < width) {", ">= 0 && column + i < width + ON) {"),
-    Plant("rows.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"),
+    Plant("resident.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"),
     Plant(
         "elements.cuh",
         "column + i < end) device::store_global(address + 2 * i",

@@ -35,6 +35,8 @@ inline int cluster_rank() { return executor.rank(); }
 inline uint32_t cluster_size() { return static_cast<uint32_t>(executor.cluster()); }
 inline unsigned char* shared_memory() { return executor.shared(); }
 
+inline void trap() { executor.require(false, "a trap"); }
+
 inline void block_barrier() { executor.block_barrier(); }
 inline void cluster_arrive() { executor.cluster_arrive(); }
 inline void cluster_arrive_relaxed() { executor.cluster_arrive(); }
