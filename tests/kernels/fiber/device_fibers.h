@@ -38,8 +38,8 @@ inline unsigned char* shared_memory() { return executor.shared(); }
 inline void trap() { executor.require(false, "a trap"); }
 
 inline void block_barrier() { executor.block_barrier(); }
-inline void cluster_arrive() { executor.cluster_arrive(); }
-inline void cluster_arrive_relaxed() { executor.cluster_arrive(); }
+inline void cluster_arrive() { executor.cluster_arrive(true); }
+inline void cluster_arrive_relaxed() { executor.cluster_arrive(false); }
 inline void cluster_wait() { executor.cluster_wait(); }
 
 inline float shuffle_xor(float value, int mask) {
@@ -112,6 +112,7 @@ T load_shared(const void* address) {
 template <class T>
 void store_shared(void* address, T value) {
   executor.check_shared(address, sizeof(T));
+  executor.wrote_shared(address);
   std::memcpy(address, &value, sizeof value);
 }
 
