@@ -182,7 +182,9 @@ BARRIERS = (
 )
 BOUNDS = (
     Plant("elements.cuh", ">= 0 && column + i < width) {", ">= 0 && column + i < width + ON) {"),
-    Plant("resident.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"),
+    Plant(
+        "resident.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"
+    ),
     Plant(
         "elements.cuh",
         "column + i < end) device::store_global(address + 2 * i",
@@ -235,7 +237,8 @@ def test_a_misaligned_access_is_seen():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "width", "cluster"), [("older-code", 300, 1), ("cluster", 600, 8), ("crowded", 600, 2), ("crowded", 2400, 1)]
+    ("gpu", "width", "cluster"),
+    [("older-code", 300, 1), ("cluster", 600, 8), ("crowded", 600, 2), ("crowded", 2400, 1)],
 )
 def test_where_a_cluster_can_not_run_rows_go_elsewhere(gpu, width, cluster):
     """A GPU whose build has only older code, and one without room for the cluster that a row wants: into a smaller
