@@ -67,6 +67,13 @@ DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
+// the size of one number with the sign of another
+DEVICE float with_sign(float size, float sign) {
+  float y;
+  asm("copysign.f32 %0, %1, %2;" : "=f"(y) : "f"(sign), "f"(size));
+  return y;
+}
+
 // a product that stays one: not contracted with a sum, so that every instance of a template rounds alike
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 

@@ -13,7 +13,7 @@ struct Gradient {
   float gap;
   float entropy;
   float c, e, l;
-  // dL/dz_v = p_v (factor - weight (log p_v + entropy)); with the slope where that is the same for all
+  // dL/dx_v = p_v (factor - weight (log p_v + entropy)) times the bend of the slope
   float factor;
   float weight;
 
@@ -26,8 +26,8 @@ struct Gradient {
     c = args.c ? device::load_global(args.c + row) : 0.0f;
     e = kEntropy ? device::load_global(args.e + row) : 0.0f;
     l = args.l ? device::load_global(args.l + row) : 0.0f;
-    factor = kSoftcap ? l - c : device::product(l - c, place.transform.slope);
-    weight = kSoftcap ? e : device::product(e, place.transform.slope);
+    factor = device::product(l - c, place.transform.slope);
+    weight = device::product(e, place.transform.slope);
   }
 
   DEVICE void store(const Quad& quad, const RowArgs& args, const Place& place, int column) const {
@@ -37,8 +37,8 @@ struct Gradient {
     decode<E>(quad, g);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      float slope;
-      const float above = to_logit<kSoftcap>(g[i], place.transform, slope) - shift;
+      float bend;
+      const float above = to_logit<kSoftcap>(g[i], place.transform, bend) - shift;
       if constexpr (kEntropy) {
         const float log_p = above + gap;
         // the clamp acts where p is 0, and there p log p is 0
@@ -46,7 +46,7 @@ struct Gradient {
       } else {
         g[i] = device::product(device::exp2_fast(fmaf(above, kLog2e, bits)), factor);
       }
-      if constexpr (kSoftcap) g[i] = device::product(g[i], slope);
+      if constexpr (kSoftcap) g[i] = device::product(g[i], bend);
     }
     store_vector(place.out, args.out_code, column, g, 0, args.width);
   }

@@ -77,6 +77,7 @@ DEVICE Target load_target(const RowArgs& args, const Place& place) {
   if (place.has_target(args)) {
     const float x = load_element<E>(place.x + static_cast<int64_t>(place.target) * E::kBytes);
     target.logit = to_logit<kSoftcap>(x, place.transform, target.slope);
+    target.slope = device::product(target.slope, place.transform.slope);
   }
   return target;
 }
@@ -99,10 +100,10 @@ DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted
 template <class E, bool kSoftcap, int kWanted>
 DEVICE void absorb_vector(Sweep<kWanted>& sweep, const Quad& quad, const RowArgs& args, const Place& place, int column,
                           bool plain) {
-  float z[kColumns<E>], slope;
+  float z[kColumns<E>], bend;
   decode<E>(quad, z);
 #pragma unroll
-  for (int i = 0; i < kColumns<E>; i++) z[i] = to_logit<kSoftcap>(z[i], place.transform, slope);
+  for (int i = 0; i < kColumns<E>; i++) z[i] = to_logit<kSoftcap>(z[i], place.transform, bend);
   sweep.absorb(z, column, args.width, place.target, plain);
 }
 
@@ -128,17 +129,17 @@ template <class E, bool kSoftcap>
 struct Softmax {
   float base;
   float own;     // the target's element: 1 - p_y, exact at both ends, times its slope
-  float factor;  // -p_v e^{base - z_v}, times the slope where that is the same for all
+  float factor;  // -p_v e^{base - z_v} times the slope, without its bend
 
   template <int kWanted>
   DEVICE Softmax(const Sweep<kWanted>& sweep, const Target& target, const Transform& transform) {
     const float sum = sweep.sum + sweep.sum_low;
     const float margin = (sweep.top - target.logit) + logf(sum);
-    base = sweep.base();
+    base = sweep.origin;
     own = 1.0f / (1.0f + expf(-margin));
     const float rest = sum == 0.0f ? 0.0f : -(own / sum);
     own = device::product(own, target.slope);
-    factor = kSoftcap ? rest : device::product(rest, transform.slope);
+    factor = device::product(rest, transform.slope);
   }
 
   DEVICE void store(const Quad& quad, const RowArgs& args, const Place& place, int column, int begin, int end) const {
@@ -147,10 +148,10 @@ struct Softmax {
     decode<E>(quad, g);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      float slope;
-      const float z = to_logit<kSoftcap>(g[i], place.transform, slope);
+      float bend;
+      const float z = to_logit<kSoftcap>(g[i], place.transform, bend);
       g[i] = device::product(factor, exp_shift(z - base));
-      if constexpr (kSoftcap) g[i] = device::product(g[i], slope);
+      if constexpr (kSoftcap) g[i] = device::product(g[i], bend);
     }
     store_vector(place.out, args.out_code, column, g, begin, end);
   }

@@ -57,6 +57,7 @@ inline float exp2_fast(float x) {
 }
 
 inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline float with_sign(float size, float sign) { return copysignf(size, sign); }
 inline float product(float a, float b) { return a * b; }
 
 inline uint32_t funnel_right(uint32_t low, uint32_t high, unsigned bits) {
