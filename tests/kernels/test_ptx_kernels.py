@@ -17,10 +17,7 @@ WANTED = {"logp": ("logp",), "entropy": ("logp", "entropy"), "everything": STATI
 # kernel, path, element, softcap, what is wanted
 INSTANCES = [
     *(("row_stats", "streamed", *rest) for rest in product(FLOATS, (False, True), WANTED)),
-    *(
-        ("row_softmax", *rest)
-        for rest in product(("streamed", "cluster"), FLOATS, (False, True), ("logp", "everything"))
-    ),
+    *(("row_softmax", *rest) for rest in product(("streamed", "cluster"), FLOATS, (False, True), WANTED)),
     *(("row_grad", "streamed", *rest) for rest in product(FLOATS, (False, True), ("c", "cel"))),
 ]
 
