@@ -154,7 +154,9 @@ class Batch:
         Raises:
             ValueError: an odd number of sequences.
         """
-        half, odd = divmod(values.shape[0], 2)
+        # a trace takes no remainder of a size
+        half = values.shape[0] // 2
+        odd = 2 * half != values.shape[0]
         if odd:
             raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {values.shape[0]}")
         return values[:half], values[half:]

@@ -35,7 +35,7 @@ class Layout:
         rows: all planned rows.
         row_labels: (N,) labels of the rows.
         segments: (B,) rows of each sequence.
-        lengths: the same on the host.
+        lengths: the same on the host, where they are known.
         sequence_of: (N,) the sequence of each row.
         mask: (N,) True where a row carries loss; None where all do.
     """
@@ -62,12 +62,12 @@ class Layout:
                 f"the plan is of {plan.positions} labels on {plan.segments.device}: "
                 f"got {labels.numel()} on {labels.device}"
             )
-        if labels.ndim == 2 and len(plan.lengths) != labels.shape[0]:
-            raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got labels {tuple(labels.shape)}")
-        count, segments = sum(plan.lengths), plan.segments
+        if labels.ndim == 2 and plan.batch != labels.shape[0]:
+            raise ValueError(f"the plan is of {plan.batch} sequences: got labels {tuple(labels.shape)}")
+        count, segments = plan.count, plan.segments
         rows = Rows(((0, count),), plan.rows)
         row_labels = rows.gather(labels.reshape(-1))
-        sequences = torch.arange(len(plan.lengths), device=labels.device)
+        sequences = torch.arange(plan.batch, device=labels.device)
         sequence_of = sequences.repeat_interleave(segments, output_size=count)
         mask = row_labels != IGNORE if plan.masked else None
         if mask is None and looks_at(labels):
@@ -77,7 +77,7 @@ class Layout:
                 raise ValueError("the plan is of labels with other loss tokens")
         if cu_seqlens is not None:
             _check_bounds(cu_seqlens, labels, plan)
-        return Layout(labels, rows, row_labels, segments, plan.lengths, sequence_of, mask)
+        return Layout(labels, rows, row_labels, segments, plan.lengths or (), sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
         """Row values (N,) in the shape of labels, 0 where there is no loss; differentiable."""
@@ -184,8 +184,8 @@ def masked_stats(stats: Stats, mask: Tensor | None) -> Stats:
 
 def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
     """Raise ValueError where a plan is of other sequences than ``cu_seqlens``."""
-    if cu_seqlens.numel() != len(plan.lengths) + 1:
-        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
+    if cu_seqlens.numel() != plan.batch + 1:
+        raise ValueError(f"the plan is of {plan.batch} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
     if looks_at(labels):
         bounds = check_cu_seqlens(cu_seqlens, labels.numel())
         before = torch.nn.functional.pad((labels.cpu() != IGNORE).cumsum(0), (1, 0))
@@ -194,7 +194,7 @@ def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
         lengths = check_cu_seqlens(cu_seqlens, labels.numel()).diff()
     else:
         return
-    if lengths.tolist() != list(plan.lengths):
+    if plan.lengths is not None and lengths.tolist() != list(plan.lengths):
         raise ValueError(
             f"the plan is of other sequences than cu_seqlens, of {list(plan.lengths)[:8]} loss tokens: got "
             f"{lengths.tolist()[:8]}"
