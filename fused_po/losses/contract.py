@@ -142,7 +142,7 @@ class Loss(ABC):
 
 def total(terms: dict[str, Tensor]) -> Tensor:
     """The loss: the sum of its terms."""
-    return torch.stack(list(terms.values())).sum()
+    return torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
 
 
 def listed(items: Iterable[str]) -> str:

@@ -77,6 +77,8 @@ class GrpoLoss(ClippedLoss):
         return drift if self.importance_sampling_level == "token" else batch.spread(batch.mean_per_sequence(drift))
 
     def ratio(self, logp: Tensor, batch: Batch) -> Tensor:
+        if self.importance_sampling_level == "token":
+            return super().ratio(logp, batch)
         return bounded(self.log_weight(logp, batch), MAX_LOG_RATIO).exp()
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:

@@ -66,15 +66,19 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
     return difference(batch.sum_per_sequence(policy_logp(stats)), reference)
 
 
-def difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left - right`` of log-probs, clamped to +-1e15; 0 where both are the same infinity."""
-    same = (left == right) & left.isinf()
-    return bounded(torch.where(same, 0.0, left - right), HUGE)
+def difference(left: Tensor, right: Tensor, limit: float = HUGE) -> Tensor:
+    """``left - right`` of log-probs, clamped to +-limit (1e15); 0 where both are the same infinity."""
+    found = left - right
+    # equal, though their difference is not 0
+    same = (left == right) != (found == 0)
+    # where it is clamped it is constant: nothing there is differentiated
+    clamped = found.detach().nan_to_num(nan=0.0).clamp(-limit, limit)
+    return torch.where(same | (found.abs() > limit), clamped, found)
 
 
 def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
     """``logp - other``, clamped to +-80 so that its exponential stays finite."""
-    return bounded(difference(logp, other), MAX_LOG_RATIO)
+    return difference(logp, other, MAX_LOG_RATIO)
 
 
 def kl_penalty(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
@@ -119,7 +123,12 @@ def times_ratio(values: Tensor, log_ratio: Tensor) -> Tensor:
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, ceiling: float = math.inf) -> Tensor:
     """``-min(min(r, ceiling) A, clip(r, low, high) A)`` per token."""
-    return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
+    if ceiling < high:
+        return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
+    free = (ratio if ceiling == math.inf else ratio.clamp(max=ceiling)) * advantage
+    # high A where A > 0, low A where A < 0
+    bound = torch.maximum(low * advantage, high * advantage)
+    return -torch.where(bound < free, bound, free)
 
 
 def reinforce(weight: Tensor, logp: Tensor, batch: Batch, shift: float = 0.0) -> Tensor:
@@ -159,7 +168,7 @@ def weighted(values: Tensor, weight: Tensor) -> Tensor:
 
 def bounded(values: Tensor, limit: float) -> Tensor:
     """Clamp to +-limit; unlike ``clamp``, whose gradient hides a NaN, this keeps it."""
-    return torch.where(values.abs() > limit, values.sign() * limit, values)
+    return torch.where(values.abs() > limit, values.detach().clamp(-limit, limit), values)
 
 
 def bounded_exp(values: Tensor, limit: float = MAX_EXPONENT) -> Tensor:

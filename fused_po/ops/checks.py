@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fused_po.ops.devices import has_values
 from fused_po.stats import STATISTICS
 
 __all__ = [
@@ -244,7 +245,7 @@ def _spread_temperatures(
 def looks_at(tensor: Tensor) -> bool:
     """Values are looked at where that costs no wait, or where it was asked for."""
     asked = tensor.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
-    return asked and not torch.compiler.is_compiling() and tensor.numel() > 0
+    return asked and has_values(tensor) and not torch.compiler.is_compiling() and tensor.numel() > 0
 
 
 def _shape(tensor: Tensor) -> str:
