@@ -16,6 +16,7 @@ from fused_po.ops.checks import (
     require_number,
     require_real,
     require_said,
+    require_tensors,
     same_device,
 )
 from fused_po.ops.planning import Chunk, Plan, Rows
@@ -208,6 +209,7 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
         if name in SCALAR and isinstance(value, (int, float)):
             return _number(value, labels.device), False
         raise ValueError(f"{name} must be a tensor: got {type(value).__name__}")
+    require_tensors(**{name: value})
     same_device(labels, **{name: value})
     if name in PER_SEQUENCE or name in TOKEN_FLAGS:
         if value.dtype != torch.bool:
