@@ -12,7 +12,11 @@ A backend is a module with three functions that work row by row (they know token
 ``row_softmax(x, labels, transform, span, outputs, out) -> partials``
     ``out <- G = d logp / dx = (1[v = y] - p) J`` with the statistics of the same sweep; ``out`` may be ``x``.
 
-and ``unsupported(kernel, x) -> str | None``, the reason in words why it can't run a case.
+and ``unsupported(kernel, x) -> str | None``, the reason in words why it can't run a case. Triton and the reference also
+have
+
+``row_regrad(tile, labels, transform, span, anchors, coefficients)``
+    G, in ``tile``, becomes ``dL/dx``, where the slope J is one number a row: without a softcap.
 
 Columns stand for the classes ``[span.start, span.stop)``; further columns of ``x`` are padding (no probability,
 gradient 0). A vocabulary tile, a padded tail and one rank's shard of the head are therefore the same thing.

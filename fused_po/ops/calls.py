@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_po.distributed import Shard
+from fused_po.ops.active import Arranged
 from fused_po.ops.batches import Layout
 from fused_po.ops.checks import (
     check_head,
@@ -25,14 +26,17 @@ from fused_po.ops.devices import stands_for
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
 from fused_po.ops.planning import Plan, blind, default_plan
+from fused_po.ops.sizes import Sizes
+from fused_po.ops.tokens import Tokens
 
-__all__ = ["HeadCall", "prepare"]
+__all__ = ["HeadCall", "prepare", "whole"]
 
 GIB = 1 << 30
 DEFAULT_SCRATCH_BYTES = {"cpu": 96 * GIB // 1024}
 
 
-def _whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+def whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+    """A context for a head that is whole already."""
     return nullcontext()
 
 
@@ -53,7 +57,7 @@ class HeadCall:
     max_dropped_mass: float = 0.0
     shard: Shard | None = None
     # a context in which a sharded head is whole, of its weight and bias
-    gather: Callable[..., AbstractContextManager[Any]] = _whole
+    gather: Callable[..., AbstractContextManager[Any]] = whole
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head as the sweep sees it."""
@@ -72,6 +76,21 @@ class HeadCall:
 
     def wanting(self, wanted: Wanted) -> HeadCall:
         return replace(self, wanted=wanted)
+
+    def sizes(self, head: Head) -> Sizes:
+        """What the route of the call follows from."""
+        return Sizes.of(head, self.wanted, self.scratch_bytes)
+
+    def tokens(
+        self, head: Head, hidden: Tensor, labels: Tensor, temperatures: Tensor | None, arranged: Arranged
+    ) -> Tokens:
+        """The arranged rows, of labels and temperatures (N,) in planned order."""
+        temperatures = None if temperatures is None else arranged.take(temperatures)
+        return Tokens(head, hidden, arranged.take(labels), temperatures, arranged.rows, self.plan.masked)
+
+    def covers(self, arranged: Arranged) -> bool:
+        """The active rows are all positions."""
+        return self.plan.rows is None and arranged.active == self.plan.count
 
 
 @dataclass(frozen=True)

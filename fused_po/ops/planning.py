@@ -39,6 +39,11 @@ class Plan:
     positions: int
     masked: bool = False
 
+    @property
+    def count(self) -> int:
+        """N, the rows."""
+        return sum(self.lengths)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -80,6 +85,13 @@ class Rows:
             places = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
         places, length = self.take(places), hidden.shape[1]
         return hidden[places // length, places % length]
+
+    def window(self, flat: Tensor) -> Tensor | None:
+        """The view of flat (all positions, ...) that is these rows, where there is one: (R, ...)."""
+        if self.positions is not None or len(self.ranges) != 1:
+            return None
+        ((start, stop),) = self.ranges
+        return flat[start:stop]
 
     def scatter(self, flat: Tensor, values: Tensor) -> None:
         """Into the caller's order: values (R, ...) into flat (all positions, ...)."""

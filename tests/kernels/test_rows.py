@@ -13,7 +13,7 @@ from fused_po.kernels.contract import Coefficients, Span, finish
 from fused_po.ops.plain import plain_stats
 from fused_po.stats import STATISTICS, Stats
 from fused_po.testing import CASES, KernelProblem, assert_accurate
-from tests.kernels import fiber
+from tests.kernels import fiber, ptx
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BACKENDS = {
@@ -23,6 +23,8 @@ BACKENDS = {
     "cuda-gpu": ("cuda", "cuda"),
     # the CUDA kernels on the CPU, on made-up GPUs
     **{name: (name, "cpu") for name in fiber.register()},
+    # what the compilers make of the kernels, executed; test_ptx_kernels runs a part of it each time
+    **{name: (name, "cpu") for name in ptx.register()},
 }
 
 
@@ -30,7 +32,7 @@ def on_backends(*elements: str) -> pytest.MarkDecorator:
     """Every backend, with each of the element types it supports, if any are named."""
     found = []
     for name, (backend, device) in BACKENDS.items():
-        marks = pytest.mark.gpu if device == "cuda" else ()
+        marks = pytest.mark.gpu if device == "cuda" else pytest.mark.large if "ptx" in backend else ()
         if not elements:
             found.append(pytest.param(backend, device, id=name, marks=marks))
         # float64 is left to the reference, which test_library checks
@@ -47,6 +49,8 @@ def interpreted_or_skip(backend: str, device: str) -> None:
         pytest.skip("the Triton kernels are compiled here, not interpreted")
     if backend.startswith("fibers") and fiber.compiler() is None:
         pytest.skip("the CUDA kernels need a C++ compiler to run on the CPU")
+    if "ptx" in backend and (reason := ptx.unavailable_backend(backend)):
+        pytest.skip(reason)
 
 
 def plain(problem: KernelProblem, dtype: torch.dtype) -> tuple[Tensor, Stats]:

@@ -13,6 +13,7 @@ from fused_po import losses
 from fused_po.splits import Split
 from fused_po.trainers.trl import hook
 from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
+from fused_po.trainers.trl.trainable import Trainable, flags_kept
 
 __all__ = ["FusedGRPOTrainer", "with_entropy_of_the_call"]
 
@@ -20,7 +21,7 @@ __all__ = ["FusedGRPOTrainer", "with_entropy_of_the_call"]
 OVER_TOKENS = ("cispo", "dapo", "vespo")
 
 
-class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
+class FusedGRPOTrainer(SplitOverTraining, Trainable, GRPOTrainer):
     """``trl.GRPOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
 
     All eight ``loss_type`` names, both importance sampling levels, clipping, KL penalty, entropy bonus, importance
@@ -59,6 +60,10 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
                     call.num_items = call.num_items * accumulated / self.args.steps_per_generation
             policy = Policy(model, call)
             return policy.connected(super()._compute_loss(policy, inputs), scale)
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        with flags_kept(self.model):
+            return super()._generate_and_score_completions(*args, **kwargs)
 
     def _loss(self, entropy_divisor: int) -> losses.Loss:
         named = {
