@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ROW_OPTIONS", "TABLE", "architecture", "block_and_warps", "block_product_config", "launch_config", "override"]
+__all__ = [
+    "ROW_OPTIONS",
+    "TABLE",
+    "architecture",
+    "block_and_warps",
+    "block_product_config",
+    "launch_config",
+    "override",
+]
 
 TABLE = Path(__file__).with_suffix(".json")
 
