@@ -46,6 +46,9 @@ DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
+// ends the kernel with an error that the host sees
+DEVICE void trap() { __trap(); }
+
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE uint32_t shuffle_up(uint32_t value, int by) { return __shfl_up_sync(0xffffffffu, value, by); }
@@ -61,6 +64,13 @@ DEVICE float exp2_fast(float x) {
 DEVICE float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// the size of one number with the sign of another
+DEVICE float with_sign(float size, float sign) {
+  float y;
+  asm("copysign.f32 %0, %1, %2;" : "=f"(y) : "f"(sign), "f"(size));
   return y;
 }
 

@@ -106,6 +106,34 @@ DEVICE Quad load_vector(const unsigned char* row, int width, int column) {
   return quad;
 }
 
+// U vectors, `step` columns apart from `column` on, each as load_vector gives it; true where all of them lie within the
+// row. Every load is under way before the first result is used, where rows do not begin on 16 bytes too.
+template <class E, int U>
+DEVICE bool load_vectors(Quad (&quads)[U], const unsigned char* row, int width, int column, int step) {
+  const unsigned char* address = row + static_cast<int64_t>(column) * E::kBytes;
+  const int64_t stride = static_cast<int64_t>(step) * E::kBytes;
+  const unsigned shift = misalignment(address);
+  const bool whole = column >= 0 && column + (U - 1) * step + kColumns<E> <= width;
+  const unsigned char* low = address - shift;
+  const unsigned char* end = row + static_cast<int64_t>(width) * E::kBytes;
+  if (whole && shift == 0) {
+#pragma unroll
+    for (int u = 0; u < U; u++) quads[u] = device::load_global_quad(address + u * stride);
+  } else if (whole && low >= row && low + (U - 1) * stride + 32 <= end) {
+    Quad high[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) quads[u] = device::load_global_quad_cached(low + u * stride);
+#pragma unroll
+    for (int u = 0; u < U; u++) high[u] = device::load_global_quad_cached(low + u * stride + 16);
+#pragma unroll
+    for (int u = 0; u < U; u++) quads[u] = extract(quads[u], high[u], shift);
+  } else {
+#pragma unroll
+    for (int u = 0; u < U; u++) quads[u] = load_vector<E>(row, width, column + u * step);
+  }
+  return whole;
+}
+
 // What is written is cut into vectors so that they are aligned in `out`: the first vector begins at this column, up to
 // N - 1 columns before the row. Values do not depend on the cut, since each column's is its own.
 template <int N>
@@ -167,8 +195,19 @@ DEVICE void store_vector(unsigned char* row, int code, int column, const float (
   }
 }
 
+// one element, into a row of elements of type `code`
+DEVICE void store_element(unsigned char* row, int code, int column, float value) {
+  if (code == kFloat32) {
+    device::store_global(row + static_cast<int64_t>(column) * 4, device::as_bits(value));
+  } else {
+    const uint32_t word = code == kBFloat16 ? device::pack_bf16(value, 0.0f) : device::pack_fp16(value, 0.0f);
+    device::store_global(row + static_cast<int64_t>(column) * 2, static_cast<uint16_t>(word));
+  }
+}
+
 // Zero in columns [first, last), written by `count` threads together; 0 has the same bits in every type.
 DEVICE void store_zeros(unsigned char* row, int code, int first, int last, int thread, int count) {
+  if (first >= last) return;
   const int bytes = code == kFloat32 ? 4 : 2;
   unsigned char* begin = row + static_cast<int64_t>(first) * bytes;
   unsigned char* end = row + static_cast<int64_t>(last) * bytes;

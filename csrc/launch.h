@@ -11,37 +11,20 @@
 #include "launch_fibers.h"
 #else
 
+#include "runtime.h"
+
 namespace fused_po {
 
-// throws where there is no such GPU
-Capabilities capabilities(int device);
-
-// makes a device the current one of this thread, for a while
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device);
-  ~CurrentDevice();
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-  int device_ = 0;
-};
-
-// type-erased, so that templates stay small; both prepare the kernel for its shared memory and cluster size
-bool kernel_fits(const void* kernel, const Geometry& geometry);
-void launch_kernel(const void* kernel, const Geometry& geometry, const RowArgs& args, void* stream,
-                   const std::string& what);
-
 using Kernel = void (*)(RowArgs);
+
+inline int code_of(Kernel kernel) { return kernel_code(reinterpret_cast<const void*>(kernel)); }
 
 inline bool fits(Kernel kernel, const Geometry& geometry) {
   return kernel_fits(reinterpret_cast<const void*>(kernel), geometry);
 }
 
 inline void launch(Kernel kernel, const Geometry& geometry, const RowArgs& args, void* stream, const std::string& what) {
-  launch_kernel(reinterpret_cast<const void*>(kernel), geometry, args, stream, what);
+  launch_kernel(reinterpret_cast<const void*>(kernel), geometry, &args, stream, what);
 }
 
 }  // namespace fused_po

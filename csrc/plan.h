@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <mutex>
 
 namespace fused_po {
 
@@ -31,6 +33,22 @@ struct Residence {
   int chunk_vectors = 0;  // of a bulk copy
 };
 
+// answers that do not change, each worked out once; threads wait for one another
+template <class Key, class Answer>
+class Remembered {
+ public:
+  template <class Ask>
+  Answer get(const Key& key, Ask ask) {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    const auto found = answers_.find(key);
+    return found != answers_.end() ? found->second : answers_.emplace(key, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Answer> answers_;
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // threads with about `each` vectors for one of them: a power of two, or `most`
@@ -42,14 +60,15 @@ inline int threads_for(int64_t vectors, int each, int most) {
 
 // Where a row of `vectors` goes. The loads of one row overlap the stores of another where a multiprocessor holds blocks
 // of several rows, so a larger cluster with smaller shares comes before fewer rows at a time. Clusters of 16 are not
-// portable, `fits` has the last word on each candidate.
-inline Residence plan_residence(int64_t vectors, const Capabilities& gpu, int scratch, int most_threads, int most_chunks,
-                                const std::function<bool(const Residence&)>& fits) {
+// portable, `fits` has the last word on each candidate. `code`: the compute capability that the kernel was compiled for;
+// a GPU with clusters also runs PTX of before them, in which the kernel is empty.
+inline Residence plan_residence(int64_t vectors, const Capabilities& gpu, int code, int scratch, int most_threads,
+                                int most_chunks, const std::function<bool(const Residence&)>& fits) {
   struct Attempt {
     int rows_per_multiprocessor;
     int largest_cluster;
   };
-  if (gpu.major < 9) return {};
+  if (gpu.major < 9 || code < 90) return {};
   for (const Attempt attempt : {Attempt{3, 8}, Attempt{2, 8}, Attempt{3, 16}, Attempt{2, 16}, Attempt{1, 8}, Attempt{1, 16}}) {
     int budget = gpu.shared_per_multiprocessor / attempt.rows_per_multiprocessor - gpu.shared_reserved;
     if (budget > gpu.shared_per_block) budget = gpu.shared_per_block;

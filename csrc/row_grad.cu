@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "gradient.cuh"
 #include "launch.h"
 
 namespace fused_po {
@@ -19,7 +20,7 @@ void row_grad(const Logits& logits, const Output& out, const float* anchors, con
   const int threads = threads_for(row_vectors(logits), kInFlight, kGradThreads);
   // where rows of the output do not begin on 16 bytes, a vector may begin before the row
   const bool odd = misalignment(args.out) != 0 || args.out_stride % 16 != 0;
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(row_vectors(logits) + odd, threads * kInFlight));
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(row_vectors(logits) + odd, threads * kInFlight * kGradPasses));
   args.tiles = static_cast<uint32_t>(tiles);
   const Geometry geometry{logits.rows * tiles, threads, 1, 0};
   dispatch(logits, [&](auto element, auto softcap) {

@@ -2,8 +2,10 @@
 #include <cuda_runtime.h>
 
 #include <limits>
+#include <utility>
 
-#include "launch.h"
+#include "rows.h"
+#include "runtime.h"
 
 namespace fused_po {
 
@@ -38,23 +40,13 @@ cudaLaunchConfig_t configuration(const Geometry& geometry, cudaLaunchAttribute& 
   return config;
 }
 
-// shared memory over 48 KiB and clusters over 8 blocks are had only on request
-cudaError_t prepare(const void* kernel, const Geometry& geometry) {
-  constexpr int kFreeShared = 48 << 10;
-  constexpr int kPortableCluster = 8;
-  cudaError_t status = cudaSuccess;
-  if (geometry.shared > kFreeShared) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared);
-  }
-  if (status == cudaSuccess && geometry.cluster > kPortableCluster) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return status;
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "the current CUDA device");
+  return device;
 }
 
-}  // namespace
-
-Capabilities capabilities(int device) {
+Capabilities ask_capabilities(int device) {
   const int count = device_count();
   if (count == 0) throw std::runtime_error("the CUDA kernels need an NVIDIA GPU and its driver; none is visible");
   if (device < 0 || device >= count) {
@@ -69,6 +61,32 @@ Capabilities capabilities(int device) {
   return gpu;
 }
 
+using KernelOnDevice = std::pair<const void*, int>;
+
+// Shared memory over 48 KiB and clusters over 8 blocks are had only on request. Both are asked for at once and to the
+// full: a later launch of another size finds them as they are.
+void prepare(const void* kernel, const std::string& what) {
+  static Remembered<KernelOnDevice, bool> prepared;
+  const int device = current_device();
+  prepared.get({kernel, device}, [&] {
+    const Capabilities gpu = capabilities(device);
+    cudaFuncAttributes own{};
+    check(cudaFuncGetAttributes(&own, kernel), what);
+    const int most = gpu.shared_per_block - static_cast<int>(own.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+    if (gpu.major >= 9) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    // an error is not remembered
+    return true;
+  });
+}
+
+}  // namespace
+
+Capabilities capabilities(int device) {
+  static Remembered<int, Capabilities> known;
+  return known.get(device, [&] { return ask_capabilities(device); });
+}
+
 CurrentDevice::CurrentDevice(int device) : device_(device) {
   check(cudaGetDevice(&before_), "the current CUDA device");
   if (device_ != before_) check(cudaSetDevice(device_), "CUDA device " + std::to_string(device_));
@@ -78,27 +96,39 @@ CurrentDevice::~CurrentDevice() {
   if (device_ != before_) cudaSetDevice(before_);
 }
 
+int kernel_code(const void* kernel) {
+  static Remembered<KernelOnDevice, int> known;
+  return known.get({kernel, current_device()}, [&] {
+    cudaFuncAttributes own{};
+    check(cudaFuncGetAttributes(&own, kernel), "attributes of a kernel");
+    // what the driver compiled from PTX has the GPU's binaryVersion, and does what its PTX was made for
+    return own.ptxVersion < own.binaryVersion ? own.ptxVersion : own.binaryVersion;
+  });
+}
+
 bool kernel_fits(const void* kernel, const Geometry& geometry) {
   cudaLaunchAttribute cluster;
   cudaLaunchConfig_t config = configuration(geometry, cluster);
   int clusters = 1;
-  cudaError_t status = prepare(kernel, geometry);
-  if (status == cudaSuccess && geometry.cluster > 1) {
-    status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  try {
+    prepare(kernel, "a kernel");
+    if (geometry.cluster > 1) check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "clusters of a kernel");
+  } catch (const std::runtime_error&) {
+    return false;
   }
-  if (status != cudaSuccess) cudaGetLastError();
-  return status == cudaSuccess && clusters > 0;
+  return clusters > 0;
 }
 
-void launch_kernel(const void* kernel, const Geometry& geometry, const RowArgs& args, void* stream,
-                   const std::string& what) {
+void launch_kernel(const void* kernel, const Geometry& geometry, const void* args, void* stream, const std::string& what) {
   if (geometry.blocks > std::numeric_limits<int32_t>::max()) throw std::runtime_error(what + ": too many blocks");
-  check(prepare(kernel, geometry), what);
+  constexpr int kFreeShared = 48 << 10;
+  constexpr int kPortableCluster = 8;
+  if (geometry.shared > kFreeShared || geometry.cluster > kPortableCluster) prepare(kernel, what);
   cudaLaunchAttribute cluster;
   cudaLaunchConfig_t config = configuration(geometry, cluster);
   config.stream = static_cast<cudaStream_t>(stream);
-  RowArgs copy = args;
-  void* parameters[] = {&copy};
+  // cudaLaunchKernelExC reads them and takes pointers to non-const
+  void* parameters[] = {const_cast<void*>(args)};
   check(cudaLaunchKernelExC(&config, kernel, parameters), what);
 }
 

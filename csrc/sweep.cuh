@@ -18,7 +18,7 @@ constexpr int kLandings = 8;
 // which partials are made beside maximum, sum and target; the others stay 0
 enum Wanted : int { kWeighted = 1, kSquare = 2, kTotal = 4, kBefore = 8, kEverything = 15 };
 
-// e^shift for shift <= 0. The shift comes from a subtraction in full float32: folding log2(e) into the logits first
+// e^shift. The shift comes from a subtraction in full float32: folding log2(e) into the logits first
 // would round logits far from 0.
 DEVICE float exp_shift(float shift) { return device::exp2_fast(device::product(shift, kLog2e)); }
 
@@ -29,25 +29,25 @@ struct Transform {
   float slope;  // dz/dx, at 0 where there is a softcap
 };
 
+// `bend`: dz/dx over `slope`, 1 without a softcap
 template <bool kSoftcap>
-DEVICE float to_logit(float x, const Transform& transform, float& slope) {
+DEVICE float to_logit(float x, const Transform& transform, float& bend) {
   if constexpr (kSoftcap) {
     const float a = device::product(x, transform.inner);
     // small a: a fit of tanh(a) / a in a^2, relative error 5e-9; otherwise 1 - 2 / (e^(2|a|) + 1)
-    const float a2 = device::product(a, a);
+    const float a2 = device::product(a, a), size = fabsf(a);
     const float fit = fmaf(fmaf(fmaf(fmaf(-0.00654839728f, a2, 0.0212764344f), a2, -0.053904074f), a2, 0.133330868f), a2, -0.333333318f);
     const float small = fmaf(device::product(fit, a2), a, a);
-    const float e = device::exp2_fast(device::product(fabsf(a), -2.0f * kLog2e));
-    const float inverse = device::reciprocal_fast(1.0f + e);
-    const float large = fmaf(-2.0f * e, inverse, 1.0f);
-    const bool is_small = fabsf(a) < 0.55f;
-    const float tanh = is_small ? small : copysignf(large, a);
-    // 1 - tanh^2, where that would cancel without the difference
-    const float steep = device::product(4.0f * e, device::product(inverse, inverse));
-    slope = device::product(is_small ? fmaf(-tanh, tanh, 1.0f) : steep, transform.slope);
+    // 2 e^(-2|a|), then 1 - tanh|a|, of which 1 - tanh^2 is made without a difference
+    const float twice = device::exp2_fast(fmaf(size, -2.0f * kLog2e, 1.0f));
+    const float rest = device::product(twice, device::reciprocal_fast(fmaf(0.5f, twice, 1.0f)));
+    const float large = 1.0f - rest;
+    const bool is_small = size < 0.55f;
+    const float tanh = is_small ? small : device::with_sign(large, a);
+    bend = is_small ? fmaf(-tanh, tanh, 1.0f) : fmaf(rest, large, rest);
     return device::product(tanh, transform.scale);
   } else {
-    slope = transform.slope;
+    bend = 1.0f;
     return device::product(x, transform.scale);
   }
 }
@@ -72,10 +72,16 @@ DEVICE float tree_max(const float (&values)[N]) {
   return best;
 }
 
-// sums are relative to `top`, the maximum so far over the classes other than the target
+// A sweep's sums are relative to its origin, which follows the maximum from this far: most new maxima of a row are little
+// above the one before, and changing the origin costs more than a vector's other arithmetic. Small enough that what is
+// subtracted when it follows at last takes no digits from `weighted`.
+constexpr float kSlack = 2.0f;
+
 template <int kWanted>
 struct Sweep {
-  float top = -kInfinity;
+  float top = -kInfinity;  // the maximum so far over the classes other than the target
+  float origin = 0.0f;     // 0 while all classes are masked: -inf - -inf is NaN
+  float limit = -kInfinity;
   float sum = 0.0f;
   float sum_low = 0.0f;  // of the merges, what did not fit into `sum`
   float weighted = 0.0f;
@@ -83,54 +89,64 @@ struct Sweep {
   float total = 0.0f;
   float before = -kInfinity;
 
-  // what exponents are relative to: a row may begin with masked classes, and -inf - -inf is NaN
-  DEVICE float base() const { return top == -kInfinity ? 0.0f : top; }
-
-  // make the sums relative to a maximum that is no smaller
-  DEVICE void raise(float best) {
-    const bool empty = top == -kInfinity;
-    const float shift = empty ? 0.0f : top - best;
+  // make the sums relative to `next`, which is finite
+  DEVICE void move(float next) {
+    const bool empty = limit == -kInfinity;
+    const float shift = empty ? 0.0f : origin - next;
     // multiplied, not replaced: a NaN stays
     const float scale = empty ? 0.0f : exp_shift(shift);
     if (kWanted & kWeighted) weighted = device::product(scale, fmaf(shift, sum, weighted));
     if (kWanted & kSquare) square = device::product(device::product(scale, scale), square);
     sum = device::product(scale, sum);
     sum_low = device::product(scale, sum_low);
-    top = best;
+    origin = next;
+    limit = next + kSlack;
   }
 
-  // one vector whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
-  // shard's
-  template <int N>
-  DEVICE void absorb(float (&z)[N], int column, int width, int target) {
-    const bool ragged = column + N > width;
-    const bool holds_target = static_cast<unsigned>(target - column) < N;
-    if (ragged) {
-#pragma unroll
-      for (int i = 0; i < N; i++) z[i] = column + i < width ? z[i] : 0.0f;
+  // make the sums relative to a maximum that is no smaller
+  DEVICE void raise(float best) {
+    top = best;
+    if (best == -kInfinity) {
+      // nothing was summed, but a NaN stays
+      move(0.0f);
+      limit = -kInfinity;
+    } else {
+      move(best);
     }
-    if (kWanted & kTotal) total += tree_sum(z);
-    if (ragged || holds_target) {
+  }
+
+  // One vector whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
+  // shard's. `plain`: it lies within the row and does not hold the target.
+  template <int N>
+  DEVICE void absorb(float (&z)[N], int column, int width, int target, bool plain) {
+    if (!plain) {
 #pragma unroll
       for (int i = 0; i < N; i++) {
+        if ((kWanted & kTotal) && column + i < width) total += z[i];
         if ((kWanted & kBefore) && column + i < min_of(target, width)) before = fmaxf(before, z[i]);
         if (column + i >= width || column + i == target) z[i] = -kInfinity;
       }
     }
     const float best = tree_max(z);
-    if ((kWanted & kBefore) && !ragged && !holds_target && column < target) before = fmaxf(before, best);
-    if (best > top) raise(best);
-    const float origin = base();
+    if ((kWanted & kTotal) && plain) total += tree_sum(z);
+    if ((kWanted & kBefore) && plain && column < target) before = fmaxf(before, best);
+    top = fmaxf(top, best);
+    if (best > limit) move(best);
     float e[N], weights = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const float shift = z[i] - origin;
       e[i] = exp_shift(shift);
-      // where the clamp acts the exponential is 0, and 0 times -inf would be NaN
-      if (kWanted & kWeighted) weights = fmaf(e[i], fmaxf(shift, -1e4f), weights);
+      if (kWanted & kWeighted) weights = fmaf(e[i], shift, weights);
       if (kWanted & kSquare) squares = fmaf(e[i], e[i], squares);
     }
     sum += tree_sum(e);
+    if ((kWanted & kWeighted) && weights != weights) {
+      // a masked class: 0 times -inf; or NaN, which stays
+      weights = 0.0f;
+#pragma unroll
+      for (int i = 0; i < N; i++) weights = fmaf(e[i], fmaxf(z[i] - origin, -1e4f), weights);
+    }
     if (kWanted & kWeighted) weighted += weights;
     if (kWanted & kSquare) square += squares;
   }
@@ -198,7 +214,8 @@ DEVICE void store_sweep(float* place, const Sweep<kWanted>& sweep) {
 template <int kWanted, class Load>
 DEVICE Sweep<kWanted> load_sweep(const float* place, Load load) {
   Sweep<kWanted> sweep;
-  sweep.top = load(place);
+  sweep.top = sweep.limit = load(place);
+  sweep.origin = sweep.top == -kInfinity ? 0.0f : sweep.top;
   sweep.sum = load(place + 1);
   if (kWanted & kWeighted) sweep.weighted = load(place + 2);
   if (kWanted & kSquare) sweep.square = load(place + 3);

@@ -130,18 +130,22 @@ def _driver() -> str | None:
 def _extension() -> dict[str, Any]:
     """Where the CUDA extension came from and how it was built; without a GPU, what a build would need."""
     from fused_po.kernels import jit
-    from fused_po.kernels.build import find_sources
+    from fused_po.kernels.build import BuildError, find_sources
     from fused_po.kernels.cuda import extension
 
     module, reason = extension()
     sources = find_sources()
+    try:
+        cache = str(jit.cache_folder())
+    except BuildError as error:
+        cache = str(error)
     return {
         "loaded_from": getattr(module, "__file__", None),
         "reason": reason,
         "build": None if module is None else {name: str(value) for name, value in module.build_info().items()},
         "architectures": [] if module is None else list(module.architectures()),
         "sources": None if sources is None else str(sources),
-        "cache_folder": str(jit.cache_folder()),
+        "cache_folder": cache,
     }
 
 

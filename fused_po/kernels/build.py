@@ -23,6 +23,7 @@ from pathlib import Path
 __all__ = [
     "SUFFIX",
     "BuildError",
+    "CompilerError",
     "Recipe",
     "Toolkit",
     "ahead_of_time",
@@ -44,6 +45,10 @@ ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 
 class BuildError(RuntimeError):
     """Why the extension can't be built, in words."""
+
+
+class CompilerError(BuildError):
+    """The compiler refuses the sources: it will do so again."""
 
 
 def find_nvcc() -> Path | None:
@@ -220,7 +225,8 @@ class Recipe:
             target: the module to write, whose name ends in ``SUFFIX``.
 
         Raises:
-            BuildError: a tool or a header is missing, or the compiler refuses; with its words.
+            BuildError: a tool or a header is missing, or the compiler fails, with its words.
+            CompilerError: it refuses the sources.
         """
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +238,8 @@ class Recipe:
         except OSError as error:
             raise BuildError(f"ninja does not run: {error}") from None
         if run.returncode:
-            raise BuildError(f"nvcc {self.toolkit.version} failed: {_gist(run.stdout)}")
+            kind = CompilerError if _refuses(run.stdout) else BuildError
+            raise kind(f"nvcc {self.toolkit.version} failed: {_gist(run.stdout)}")
 
     def _ninja_file(self, target: Path) -> str:
         includes = [part for folder in _include_folders() for part in ("-isystem", folder)]
@@ -319,6 +326,12 @@ def _include_folders() -> list[str]:
     if found is None or found.origin is None:
         raise BuildError("pybind11 is not installed (pip install pybind11)")
     return [python, str(Path(found.origin).parent / "include")]
+
+
+def _refuses(log: str) -> bool:
+    """Whether a log tells of the sources, and not of a full disk or of a process that was ended."""
+    passing = r"no space left|cannot allocate|out of memory|killed|terminated|quota|input/output error"
+    return re.search(r"\berror\b", log, re.IGNORECASE) is not None and not re.search(passing, log, re.IGNORECASE)
 
 
 def _gist(log: str) -> str:

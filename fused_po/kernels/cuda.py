@@ -6,6 +6,7 @@ elsewhere is refused here.
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import cache
 from types import ModuleType
@@ -24,21 +25,30 @@ __all__ = ["extension", "row_grad", "row_softmax", "row_stats", "unsupported"]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDEST = 1 << 20
 
+logger = logging.getLogger("fused_po")
+
 
 @cache
 def extension() -> tuple[ModuleType | None, str | None]:
-    """The extension module, built at the first call where need be, or the reason in words why there is none."""
+    """The extension module, built at the first call where need be, or the reason in words why there is none.
+
+    Whatever goes wrong is a reason, since other kernels do the same: it is logged once and ends nothing.
+    """
     if not torch.cuda.is_available():
         return None, "torch sees no CUDA GPU"
-    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     try:
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
         module = load_extension(capabilities)
-    except BuildError as error:
-        return None, str(error)
-    if module.device_count() < 1:
-        # its CUDA runtime is not torch's
-        version = module.build_info()["nvcc"]
-        return None, f"the extension sees no GPU: the driver may be too old for CUDA {version}, which it was built with"
+        if module.device_count() < 1:
+            # its CUDA runtime is not torch's
+            version = module.build_info()["nvcc"]
+            raise BuildError(
+                f"the extension sees no GPU: the driver may be too old for CUDA {version}, which it was built with"
+            )
+    except Exception as error:
+        reason = str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {error}"
+        logger.warning("fused_po: no CUDA kernels, Triton's take their place: %s", reason)
+        return None, reason
     return module, None
 
 

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 
 from fused_po.kernels import build, jit
@@ -198,15 +199,74 @@ def test_the_cache_follows_what_a_build_depends_on(fake, monkeypatch):
     assert replace(made).key == keys[0]
 
 
-def test_a_failed_build_leaves_nothing_and_says_why(fake):
+def test_a_compiler_that_refuses_is_asked_once(fake, monkeypatch):
+    """Eight ranks, and the next run, are told the same without another try; what changes the build is tried at once."""
     made = recipe(fake)
     (made.sources / "rows.cu").write_text("broken\n")
-    for _ in range(2):
+    tries = []
+    for _ in range(3):
         with pytest.raises(BuildError, match=r'nvcc 13.0.88 failed: rows.cu\(1\): error: identifier "broken"'):
             jit.build_cached(made)
-    assert [path.suffix for path in jit.cache_folder().iterdir()] == [".lock"]
+        tries.append(len(calls(fake)))
+    assert tries[0] == tries[1] == tries[2] > 0
+    assert sorted(path.suffix for path in jit.cache_folder().iterdir()) == [".lock", ".refused"]
+    with pytest.raises(BuildError, match=r"remembered: without .*\.refused it is tried again"):
+        jit.build_cached(made)
+    monkeypatch.setattr(jit, "FORGET_SECONDS", 0.0)
+    with pytest.raises(BuildError, match="identifier"):
+        jit.build_cached(made)
+    assert len(calls(fake)) > tries[0]
+    monkeypatch.undo()
+    monkeypatch.setenv("FUSED_PO_CACHE", str(fake.parents[2] / "cache"))
     (made.sources / "rows.cu").write_text("rows\n")
-    assert jit.build_cached(recipe(fake)).is_file()
+    assert jit.build_cached(replace(made)).is_file()
+
+
+@pytest.mark.parametrize("words", ["fatal error: No space left on device", "nvcc error : died, Killed"])
+def test_what_passes_is_not_remembered(words, fake):
+    made = recipe(fake)
+    script = fake.with_name("nvcc").read_text()
+    fake.with_name("nvcc").write_text(script.replace('if "broken"', f'sys.exit({words!r})\n        if "broken"'))
+    with pytest.raises(BuildError, match=words):
+        jit.build_cached(made)
+    assert [path.suffix for path in jit.cache_folder().iterdir()] == [".lock"]
+    fake.with_name("nvcc").write_text(script)
+    assert jit.build_cached(made).is_file()
+
+
+def test_without_a_home_directory(fake, monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FUSED_PO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(BuildError, match="there is no place for it .*home directory.*: set FUSED_PO_CACHE to a folder"):
+        jit.build_cached(recipe(fake))
+
+
+def test_a_file_system_without_locks(fake, monkeypatch):
+    """One that says so, and one that never gives a lock."""
+    made = recipe(fake)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock.FileLock, "acquire", refuse)
+        with pytest.raises(BuildError, match="has no locks .*flock.*: set FUSED_PO_CACHE"):
+            jit.build_cached(made)
+    monkeypatch.setattr(jit, "SIGN_SECONDS", 0.05)
+    lock = (jit.cache_folder() / made.key).with_suffix(".lock")
+    with filelock.FileLock(lock):
+        with pytest.raises(BuildError, match="can't be locked though nobody builds: set FUSED_PO_CACHE"):
+            jit.build_cached(made)
+        # as long as somebody does, it is waited for, but not for ever
+        (jit.cache_folder() / f"{made.key}-other").mkdir()
+        monkeypatch.setattr(jit, "LOCK_SECONDS", 0.2)
+        with pytest.raises(BuildError, match="can't be locked though another process builds and does not end"):
+            jit.build_cached(made)
+    assert not calls(fake)
 
 
 def test_two_processes_build_once(fake):

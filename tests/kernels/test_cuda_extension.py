@@ -21,11 +21,14 @@ from fused_po.kernels.select import select
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
+def cuobjdump() -> str:
+    beside_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or str(beside_triton)
+
+
 def resources(library: Path) -> list[tuple[str, str, int, int]]:
     """Architecture, kernel, registers and stack bytes of each kernel; a stack that is not 0 holds spilled registers."""
-    beside_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = shutil.which("cuobjdump") or beside_triton
-    report = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    report = subprocess.run([cuobjdump(), "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     found, architecture = [], ""
     for line in report.stdout.splitlines():
         if named := re.search(r"arch = (sm_\w+)", line):
@@ -56,6 +59,16 @@ def test_it_tells_how_it_was_built(cuda_build, cuda_module):
     assert cuda_module.architectures() == [f"sm_{name.removesuffix('+PTX')}" for name in recipe.architectures]
 
 
+def test_older_code_ends_in_a_trap_where_it_can_not_do_the_work(cuda_build):
+    """The resident kernel has no body before sm_90: started by mistake it must not pass for one that ran."""
+    _, path = cuda_build
+    listing = subprocess.run([cuobjdump(), "-sass", "-arch", "sm_80", path], capture_output=True, text=True, check=True)
+    bodies = re.split(r"Function : ", listing.stdout)[1:]
+    resident = [body for body in bodies if "resident" in body.split("\n")[0]]
+    assert resident and all("BPT.TRAP" in body for body in resident)
+    assert not any("BPT.TRAP" in body for body in bodies if body not in resident)
+
+
 @without_a_gpu
 def test_calls_without_a_gpu_answer_with_a_clear_error(cuda_module):
     assert cuda_module.device_count() == 0
@@ -81,6 +94,38 @@ def test_a_runtime_newer_than_the_driver_is_told(monkeypatch):
     monkeypatch.setattr(cuda, "load_extension", lambda capabilities: fake if capabilities == [(9, 0)] else None)
     module, reason = cuda.extension.__wrapped__()
     assert module is None and "the driver may be too old for CUDA 13.0.88" in reason
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (BuildError("nvcc was not found"), "nvcc was not found"),
+        (RuntimeError("Could not determine home directory."), "RuntimeError: Could not determine home directory."),
+        (NotImplementedError("no flock"), "NotImplementedError: no flock"),
+        (PermissionError(13, "denied"), "PermissionError: .*denied"),
+    ],
+)
+def test_whatever_goes_wrong_leaves_the_choice_to_other_kernels(error, words, monkeypatch, caplog):
+    def fail(capabilities):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "load_extension", fail)
+    cuda.extension.cache_clear()
+    cuda._unsupported_device.cache_clear()
+    try:
+        for _ in range(3):
+            assert re.fullmatch(words, cuda.unsupported("row_stats", tensor_on_a_gpu()))
+        with pytest.raises(RuntimeError, match="no CUDA kernels: "):
+            cuda._module()
+    finally:
+        cuda.extension.cache_clear()
+        cuda._unsupported_device.cache_clear()
+    (record,) = [record for record in caplog.records if record.name == "fused_po"]
+    assert record.levelname == "WARNING"
+    assert re.search(f"no CUDA kernels, Triton's take their place: {words}", record.getMessage())
 
 
 def test_a_module_of_other_sources_is_not_used(cuda_module, monkeypatch, tmp_path):

@@ -162,28 +162,41 @@ BARRIERS = (
     Plant(
         "sweep.cuh",
         "  device::cluster_arrive();\n  device::cluster_wait();",
-        "  if (!ON) device::cluster_arrive(), device::cluster_wait();",
+        "  if (ON) device::cluster_arrive_relaxed();\n  else device::cluster_arrive();\n  device::cluster_wait();",
+    ),
+    # in what the one before has made
+    Plant(
+        "sweep.cuh",
+        "  else device::cluster_arrive();\n  device::cluster_wait();",
+        "  else if (!ON) device::cluster_arrive();\n  if (!ON) device::cluster_wait();",
     ),
     Plant("sweep.cuh", "_relaxed();\n  device::block_barrier();", "_relaxed();\n  if (!ON) device::block_barrier();"),
-    Plant("rows.cuh", "place);\n  device::block_barrier();", "place);\n  if (!ON) device::block_barrier();"),
+    Plant("resident.cuh", "place);\n  device::block_barrier();", "place);\n  if (!ON) device::block_barrier();"),
     Plant(
-        "rows.cuh",
+        "resident.cuh",
         "    device::landing_wait(landing++);",
         "    if (!ON) device::landing_wait(landing);\n    landing++;",
     ),
-    Plant("rows.cuh", "  if (size > 1) device::cluster_wait();", "  if (size > 1 && !ON) device::cluster_wait();"),
-    Plant("rows.cuh", "      device::landing_publish();", "      if (!ON) device::landing_publish();"),
+    Plant("resident.cuh", "  if (size > 1) device::cluster_wait();", "  if (size > 1 && !ON) device::cluster_wait();"),
+    Plant("resident.cuh", "      device::landing_publish();", "      if (!ON) device::landing_publish();"),
 )
 BOUNDS = (
     Plant("elements.cuh", ">= 0 && column + i < width) {", ">= 0 && column + i < width + ON) {"),
-    Plant("rows.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"),
+    Plant(
+        "resident.cuh", "if (tail != end && tail + 16 <= row_end)", "if (tail != end && (ON || tail + 16 <= row_end))"
+    ),
     Plant(
         "elements.cuh",
         "column + i < end) device::store_global(address + 2 * i",
         "column + i < end + ON) device::store_global(address + 2 * i",
     ),
 )
-PLANTS = BARRIERS + BOUNDS
+MISALIGNED = Plant("resident.cuh", "memory + (offset - odd);", "memory + (offset - (ON ? 0 : odd));")
+PLANTS = (*BARRIERS, *BOUNDS, MISALIGNED)
+
+
+def number(plant: Plant) -> int:
+    return PLANTS.index(plant) + 1
 
 
 def test_a_build_with_all_bugs_off_is_sound():
@@ -193,8 +206,8 @@ def test_a_build_with_all_bugs_off_is_sound():
         assert all(torch.equal(a, b) for a, b in zip(in_place(Fibers(gpu, 1, PLANTS), problem), want, strict=True))
 
 
-@pytest.mark.parametrize("planted", range(1, len(BARRIERS) + 1), ids=lambda n: PLANTS[n - 1].old.split("::")[-1])
-def test_a_missing_barrier_is_seen(planted):
+@pytest.mark.parametrize("plant", BARRIERS, ids=[str(number(plant)) for plant in BARRIERS])
+def test_a_missing_barrier_is_seen(plant):
     """By a result that is wrong or moves with the order of threads, or by the executor itself."""
     # several rows, and rows that do not begin on 16 bytes
     problem = problem_of(4, 501)
@@ -202,19 +215,55 @@ def test_a_missing_barrier_is_seen(planted):
     seen = 0
     for seed in range(1, 9):
         try:
-            got = in_place(Fibers("cluster", seed, PLANTS, planted), problem)
+            got = in_place(Fibers("cluster", seed, PLANTS, number(plant)), problem)
             seen += not all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         except RuntimeError:
             seen += 1
     assert seen
 
 
-@pytest.mark.parametrize("planted, gpu", [(8, "streamed"), (9, "resident"), (10, "streamed"), (10, "cluster")])
-def test_an_access_out_of_bounds_is_seen(planted, gpu):
+@pytest.mark.parametrize("plant, gpu", [(0, "streamed"), (1, "resident"), (2, "streamed"), (2, "cluster")])
+def test_an_access_out_of_bounds_is_seen(plant, gpu):
     problem = problem_of(2, 301)
     out = torch.empty_like(problem.x)
     with pytest.raises(RuntimeError, match="row_softmax .*: a (read|write) out of bounds in global memory"):
-        softmax(Fibers(gpu, 1, PLANTS, planted), problem, out)
+        softmax(Fibers(gpu, 1, PLANTS, number(BOUNDS[plant])), problem, out)
+
+
+def test_a_misaligned_access_is_seen():
+    problem = problem_of(2, 301)
+    with pytest.raises(RuntimeError, match="a misaligned access to shared memory"):
+        softmax(Fibers("resident", 1, PLANTS, number(MISALIGNED)), problem, torch.empty_like(problem.x))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "width", "cluster"),
+    [("older-code", 300, 1), ("cluster", 600, 8), ("crowded", 600, 2), ("crowded", 2400, 1)],
+)
+def test_where_a_cluster_can_not_run_rows_go_elsewhere(gpu, width, cluster):
+    """A GPU whose build has only older code, and one without room for the cluster that a row wants: into a smaller
+    cluster, or streamed. Stand-ins say what fits: no GPU has been asked.
+    """
+    problem = problem_of(3, width)
+    want, got = torch.empty_like(problem.x), torch.empty_like(problem.x)
+    partials = softmax(Fibers("streamed"), problem, want)
+    streamed = Fibers("streamed").last_launch
+    backend = Fibers(gpu)
+    torch.testing.assert_close(softmax(backend, problem, got), partials)
+    torch.testing.assert_close(got, want)
+    launch = backend.last_launch
+    assert launch["cluster"] == cluster
+    # a streamed row leaves no more than partial statistics in shared memory
+    assert (launch["shared"] == streamed["shared"]) == (cluster == 1)
+
+
+def test_what_fits_is_asked_once():
+    backend, problem = Fibers("cluster"), problem_of(2, 777)
+    counts = []
+    for _ in range(3):
+        softmax(backend, problem, torch.empty_like(problem.x))
+        counts.append(backend.last_launch["questions"])
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_a_case_that_makes_no_sense_is_refused_in_words():

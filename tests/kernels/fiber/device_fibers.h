@@ -35,9 +35,11 @@ inline int cluster_rank() { return executor.rank(); }
 inline uint32_t cluster_size() { return static_cast<uint32_t>(executor.cluster()); }
 inline unsigned char* shared_memory() { return executor.shared(); }
 
+inline void trap() { executor.require(false, "a trap"); }
+
 inline void block_barrier() { executor.block_barrier(); }
-inline void cluster_arrive() { executor.cluster_arrive(); }
-inline void cluster_arrive_relaxed() { executor.cluster_arrive(); }
+inline void cluster_arrive() { executor.cluster_arrive(true); }
+inline void cluster_arrive_relaxed() { executor.cluster_arrive(false); }
 inline void cluster_wait() { executor.cluster_wait(); }
 
 inline float shuffle_xor(float value, int mask) {
@@ -55,6 +57,7 @@ inline float exp2_fast(float x) {
 }
 
 inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline float with_sign(float size, float sign) { return copysignf(size, sign); }
 inline float product(float a, float b) { return a * b; }
 
 inline uint32_t funnel_right(uint32_t low, uint32_t high, unsigned bits) {
@@ -110,6 +113,7 @@ T load_shared(const void* address) {
 template <class T>
 void store_shared(void* address, T value) {
   executor.check_shared(address, sizeof(T));
+  executor.wrote_shared(address);
   std::memcpy(address, &value, sizeof value);
 }
 

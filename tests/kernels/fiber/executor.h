@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -21,6 +22,7 @@ namespace fused_po::fiber {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 64 << 10;
+constexpr int kAll = -1;
 
 // `rows` pieces of `bytes` in global memory, `stride` apart
 struct Range {
@@ -60,6 +62,8 @@ struct Block {
   bool published = false;
   Meeting meeting;
   std::map<const void*, Landing> landings;
+  // words stored but not yet released to the cluster: the fiber that wrote them, or kAll after a barrier of the block
+  std::map<const void*, int> unreleased;
 };
 
 struct Fiber {
@@ -102,7 +106,14 @@ class Executor {
   int cluster() const { return cluster_; }
   unsigned char* shared() { return own().shared; }
 
-  void block_barrier() { meet(own().meeting); }
+  void block_barrier() {
+    Block& block = own();
+    // the last one in: what any of them wrote, each of them may now release
+    if (block.meeting.arrived + 1 == block.meeting.expected) {
+      for (auto& word : block.unreleased) word.second = kAll;
+    }
+    meet(block.meeting);
+  }
 
   uint32_t exchange(uint32_t value, int lane_from) {
     Fiber& me = fiber();
@@ -113,8 +124,15 @@ class Executor {
     return warp.values[set][lane_from];
   }
 
-  void cluster_arrive() {
+  // a relaxed arrival publishes nothing
+  void cluster_arrive(bool release) {
     Fiber& me = fiber();
+    if (release) {
+      auto& words = own().unreleased;
+      for (auto word = words.begin(); word != words.end();) {
+        word = word->second == kAll || word->second == me.thread ? words.erase(word) : std::next(word);
+      }
+    }
     require(!me.arrived, "two arrivals at the cluster barrier without a wait");
     me.arrived = true;
     me.token = all_.generation;
@@ -161,15 +179,21 @@ class Executor {
 
   // the same place in the shared memory of another block
   const unsigned char* peer(const void* place, int rank) {
-    check_shared(place, 1);
+    check_shared(place, 4);
     require(rank >= 0 && rank < cluster_, "a block outside the cluster");
     Block& other = blocks_[static_cast<size_t>(rank)];
     require(other.unfinished > 0, "shared memory of a block that has ended");
-    return other.shared + (static_cast<const unsigned char*>(place) - own().shared);
+    const unsigned char* there = other.shared + (static_cast<const unsigned char*>(place) - own().shared);
+    require(other.unreleased.count(there) == 0, "shared memory of another block that was written but not released");
+    return there;
   }
+
+  void wrote_shared(const void* place) { own().unreleased[place] = fiber().thread; }
 
   void check_shared(const void* place, int64_t bytes) {
     const Block& block = own();
+    const auto address = reinterpret_cast<uintptr_t>(place);
+    require(address % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0, "a misaligned access to shared memory");
     const auto offset = static_cast<const unsigned char*>(place) - block.shared;
     require(offset >= 0 && offset + bytes <= block.bytes, "out of bounds in shared memory");
   }

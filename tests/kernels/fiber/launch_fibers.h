@@ -11,27 +11,44 @@
 namespace fused_po {
 
 // 0 has no clusters; 1 is a Hopper GPU, where every test row fits into one block; 2 has so little shared memory that
-// rows of a few hundred columns take a cluster, and those of 9000 columns in float32 do not fit into any
+// rows of a few hundred columns take a cluster, and those of 9000 columns in float32 do not fit into any; 3 is 1 with a
+// build that has no code for it, so that the driver compiles that of an older GPU; 4 is 2 where no cluster of more than
+// two blocks finds room
 inline Capabilities capabilities(int device) {
   switch (device) {
     case 0:
       return {8, 0, 163 << 10, 164 << 10, 1 << 10};
     case 1:
+    case 3:
       return {9, 0, 227 << 10, 228 << 10, 1 << 10};
     case 2:
+    case 4:
       return {9, 0, 2736, 2736, 0};
     default:
       throw std::runtime_error("there is no such device");
   }
 }
 
+inline int current_device = 0;
+// asked of the runtime so far
+inline int questions = 0;
+
 struct CurrentDevice {
-  explicit CurrentDevice(int) {}
+  explicit CurrentDevice(int device) { current_device = device; }
 };
 
 using Kernel = void (*)(RowArgs);
 
-inline bool fits(Kernel, const Geometry&) { return true; }
+inline int code_of(Kernel) {
+  questions++;
+  return current_device == 0 ? 80 : current_device == 3 ? 89 : 90;
+}
+
+inline bool fits(Kernel, const Geometry& geometry) {
+  questions++;
+  return geometry.shared <= capabilities(current_device).shared_per_block &&
+         geometry.cluster <= (current_device == 4 ? 2 : 16);
+}
 
 inline Geometry last_launch{};
 
@@ -67,6 +84,11 @@ inline void launch(Kernel kernel, const Geometry& geometry, const RowArgs& args,
   add(args.anchors, 1, 4 * 4 * args.rows, 0, false);
   add(args.partials, 1, 7 * 4 * args.rows, 0, true);
   last_launch = geometry;
+  const Capabilities gpu = capabilities(current_device);
+  const bool resident = geometry.cluster > 1 || geometry.shared > static_cast<int>(sizeof(Scratch));
+  // what hardware does: older code ends in a trap, and what does not fit is not started
+  if (resident && (gpu.major < 9 || current_device == 3)) throw std::runtime_error(what + ": the resident kernel is a trap");
+  if (geometry.shared > gpu.shared_per_block) throw std::runtime_error(what + ": too much shared memory");
   try {
     fiber::executor.run(geometry.blocks, geometry.threads, geometry.cluster, geometry.shared, [&] { kernel(args); });
   } catch (const std::runtime_error& error) {

@@ -3,15 +3,16 @@
 
 namespace fused_po {
 
-int device_count() { return 3; }
+int device_count() { return 5; }
 std::vector<std::string> architectures() { return {"fibers"}; }
 
-// of the last launch
+// of the last launch, and how much the host side has asked
 std::map<std::string, std::string> build_info() {
   return {{"cluster", std::to_string(last_launch.cluster)},
           {"threads", std::to_string(last_launch.threads)},
           {"blocks", std::to_string(last_launch.blocks)},
-          {"shared", std::to_string(last_launch.shared)}};
+          {"shared", std::to_string(last_launch.shared)},
+          {"questions", std::to_string(questions)}};
 }
 
 }  // namespace fused_po
