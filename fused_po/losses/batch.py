@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fused_po.losses.segments import spread, sum_segments
+
 __all__ = ["OPTIONAL", "PER_SEQUENCE", "SCALAR", "SIDE_INPUTS", "SPREAD", "SUMMED", "TOKEN_FLAGS", "Batch"]
 
 # given per token, or per sequence as the sum over its loss tokens
@@ -93,7 +95,7 @@ class Batch:
 
     def spread(self, values: Tensor) -> Tensor:
         """(B,) -> (N,): each token gets the value of its sequence."""
-        return values.repeat_interleave(self.segments, output_size=self.chosen.shape[0])
+        return spread(values, self.segments, self.chosen.shape[0])
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """Sum over the tokens that carry loss: (N,) -> (), in float64."""
@@ -129,7 +131,7 @@ class Batch:
 
         float32 sums move a preference margin by 1e-3 at 2,048 tokens.
         """
-        return torch.segment_reduce(self._masked(values), "sum", lengths=self.segments, unsafe=True, initial=0.0)
+        return sum_segments(self._masked(values), self.segments)
 
     def mean_per_sequence(self, values: Tensor) -> Tensor:
         """Mean over the loss tokens of each sequence, 0 for an empty one: (N,) -> (B,), float64."""
