@@ -246,13 +246,18 @@ def _groups(batch: Batch, horizon: str, per_sequence: bool) -> Tensor:
         # single tokens belong to no sequence here
         tokens = batch.loss_tokens()
         return torch.arange(tokens.shape[0], device=tokens.device)
-    found = torch.arange(batch.lengths.shape[0], device=batch.lengths.device)
+    count = batch.lengths.shape[0]
+    found = torch.arange(count, device=batch.lengths.device)
+    if not per_sequence:
+        # named by its first token: there may be more sequences, empty ones, than tokens
+        found = batch.segments.cumsum(0) - batch.segments
     if horizon in ("group", "batch"):
         found = torch.zeros_like(found)
     elif horizon == "pair":
-        found = found % max(1, found.shape[0] // 2)
+        chosen, rejected = batch.halves(found)
+        found = torch.where(batch.halves(batch.segments)[0] > 0, chosen, rejected).repeat(2)
     if per_sequence:
-        return torch.where(batch.lengths > 0, found, found.shape[0])
+        return torch.where(batch.lengths > 0, found, count)
     return torch.where(batch.loss_tokens(), batch.spread(found), batch.chosen.shape[0])
 
 

@@ -47,6 +47,23 @@ loss_weights=[1.0, 0.2])`. Names and defaults of hyper-parameters are TRL's wher
   Single answers: over u, desirable solid. Policy losses: over r, A = 1 solid, A = -1 dashed.
 """
 
+MICRO_BATCHES = """## Micro-batches
+
+A call counts what it divides by from its own labels. Where a batch is cut into micro-batches, or spread over ranks,
+give the counts of the whole (over the number of ranks, where their gradients are averaged):
+
+| argument | counts | read by |
+|---|---|---|
+| `num_items` | loss tokens | means over tokens: `dapo`, `ppo`, `sft`, ..., and every entropy bonus |
+| `num_sequences` | sequences, twice the pairs | means over answers and pairs: `sigmoid`, `kto`, `grpo`, ... |
+| `num_chosen_items` | loss tokens of chosen answers | the NLL of `cpo`, `orpo` and of `sft` with `paired=True` |
+
+The gradients then add up to that of the full batch, if pairs stay together. They do not for
+
+- any loss with `top_entropy_quantile` below 1, `bco` and `bco_pair` with `shift_weight` below 1: the quantile or the
+  mean is that of one call;
+"""
+
 FAMILIES = {
     "Pairs: DPO and what is done to its margin": ("pairwise",),
     "Pairs: an aim for each side": ("pairwise_sides",),
@@ -105,7 +122,17 @@ def table() -> str:
                     f"| {gemms(loss)} | ![](losses/{loss.name}.svg) |"
                 )
         blocks.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    blocks.append(micro_batches(made))
     return "\n".join(blocks)
+
+
+def micro_batches(made: list[losses.Loss]) -> str:
+    """What is said of gradient accumulation."""
+    reasons: dict[str, list[str]] = {}
+    for loss in made:
+        if loss.not_additive is not None:
+            reasons.setdefault(loss.not_additive, []).append(f"`{loss.name}`")
+    return MICRO_BATCHES + "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items()) + "\n"
 
 
 def _shown(value: object) -> str:

@@ -33,14 +33,17 @@ MAY_IMPORT = {
     "splits.py": {"torch", "losses"},
     "kernels": {"torch", "triton", "filelock", "stats"},
     "distributed.py": {"torch", "kernels"},
-    "ops": {"torch", "distributed", "stats", "kernels", "losses", "splits"},
+    "prices.py": {"torch"},
+    "ops": {"torch", "distributed", "prices", "stats", "kernels", "losses", "splits"},
+    # knows no operation: it sees whatever runs
+    "ledger": {"torch", "triton", "prices"},
     "trainers": {
         *("torch", "transformers", "tokenizers", "peft", "trl", "axolotl"),
         *("stats", "losses", "splits", "ops"),
     },
     "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
     # a peer is imported by name, where it is installed
-    "bench": {"torch", "losses", "kernels", "ops", "diagnostics", "fused_po"} | PUBLIC,
+    "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
         *("torch", "transformers", "tokenizers", "matplotlib", "jinja2", "scipy"),
         *("advantages", "losses", "splits", "ops", "trainers", "diagnostics", "fused_po"),

@@ -330,6 +330,40 @@ def test_split_gradients_in_half_precision():
     assert relative_error(problem.tensors["weight"].grad.float(), whole) <= 1e-3
 
 
+def test_gradients_of_the_parts_have_the_rows_of_the_head():
+    """Padded ones too, with zeros."""
+    problem = Problem(create("dapo"))
+    options = {**problem.options(), **problem.side_inputs, "split_gradients": True, "vocab_size": V - 5}
+    problem.labels.clamp_(max=V - 6)
+    found = linear_loss(*problem.arguments(), problem.loss, **options)
+    found.loss.backward()
+    for name in ("weight", "bias"):
+        parts = getattr(found.split_gradients, name)
+        whole = sum(parts.values())
+        torch.testing.assert_close(whole, problem.tensors[name].grad, rtol=1e-12, atol=1e-15)
+        assert (whole[-5:] == 0).all()
+
+
+@pytest.mark.parametrize("population", ["horizon", "batch"])
+@pytest.mark.parametrize("name", ["gpg", "topr"])
+def test_more_sequences_than_tokens(name, population):
+    """Populations of tokens are counted by token, however many sequences are empty."""
+    torch.manual_seed(0)
+    # the horizon is the sequence, and what weighs are tokens
+    loss = losses.create(name, off_policy_mask_threshold=1e9)
+    hidden, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 2, 4), (7, 4)))
+    labels = torch.full((6, 2), -100)
+    labels[3, 1], labels[5, 0], labels[5, 1] = 1, 2, 3
+    advantage = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(6, 2)
+    found = []
+    for kept in (slice(None), [3, 5]):
+        leaf = hidden[kept].requires_grad_()
+        options = {"split": Split(reweight="none", population=population), "num_sequences": 2}
+        linear_loss(leaf, weight, labels[kept], loss, advantage=advantage[kept], **options).loss.backward()
+        found.append(leaf.grad[labels[kept] >= 0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
 def test_bad_split_gradients():
     problem = Problem(create("sigmoid"))
     arguments = {**problem.options(), **problem.side_inputs}

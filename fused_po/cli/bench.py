@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ project is over its bound (the case is not reported then) or a case failed.
 Cases: quick (default), full, targets, pairs, or names and patterns of names ('*dapo*'); --list prints them.
 Methods: ours, peers, or names: linear_loss, linear_token_stats, token_stats, eager, compile, trl, liger, liger_ce, cce,
 torch_lce, quack; 'linear_loss[triton]' names a backend that is not the first choice.
+--paper prices calls for a GPU that need not be there: every operation of this project's routes is counted on tensors
+without values, TRL's on fake CUDA tensors (or read from what was counted before). --cases are then names of that table.
+Where there is a GPU the same calls are measured beside it.
 """
 
 
@@ -29,13 +33,16 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--cases", nargs="+", default=["quick"], metavar="CASE", help="groups, names or patterns, default quick")
+    add("--cases", nargs="+", metavar="CASE", help="groups, names or patterns, default quick; with --paper all")
     add("--methods", nargs="+", metavar="METHOD", help="default: all")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     add("--seconds", type=positive(float), default=6.0, help="how long to repeat a case, default 6; at least 5 turns")
     add("--stop-after", type=positive(float), default=1e9, metavar="SECONDS", help="begin no case after these")
     add("--commit", help="recorded; default what git says")
     add("--output", type=Path, metavar="FILE", help="JSON with all figures, written after each case")
+    add("--paper", metavar="GPU", help="what cases cost on paper: a100, h100, h200 or b200")
+    add("--json", action="store_true", help="with --paper: print JSON in place of a table")
+    add("--lines", type=positive(int), metavar="COUNT", help="with --paper: also the dearest lines of each case")
     add("--list", action="store_true", help="print the cases and stop")
     parser.set_defaults(run=run)
 
@@ -49,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: unknown cases or methods, or a device that is not there.
     """
+    if arguments.paper is not None:
+        return _on_paper(arguments)
     import torch
 
     from fused_po.bench.cases import choose, groups
@@ -57,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fused_po.bench.runner import run_cases
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = choose(arguments.cases, device)
+    cases = choose(arguments.cases or ["quick"], device)
     if arguments.list:
         print(
             "\n".join(f"{group}:\n  " + "\n  ".join(c.name for c in found) for group, found in groups(device).items())
@@ -66,8 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA GPU; fused-po doctor says more")
     check_names(arguments.methods or ())
-    if arguments.output is not None and arguments.output.is_dir():
-        raise ValueError(f"--output {arguments.output} is a folder: the name of a JSON file is wanted")
+    _check_output(arguments.output)
     try:
         return run_cases(
             cases,
@@ -81,3 +89,32 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the output holds the cases before")
         return 130
+
+
+def _on_paper(arguments: argparse.Namespace) -> int:
+    """The table on paper, and what is measured where there is a GPU."""
+    from fused_po.bench.paper import CASES, choose
+    from fused_po.bench.paper_table import report, show
+    from fused_po.prices import device
+
+    on, cases = device(arguments.paper), choose(arguments.cases or ())
+    if arguments.list:
+        print("\n".join(CASES))
+        return 0
+    _check_output(arguments.output)
+    seconds = 0.0 if arguments.device == "cpu" else arguments.seconds
+    found = report(cases, on, arguments.lines or 0, seconds)
+    text = json.dumps(found, indent=1)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    if arguments.json:
+        print(text)
+    else:
+        show(found)
+    return 0
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder: the name of a JSON file is wanted")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
-from fused_po.ops.gradients import Wanted, storage_dtype
-from fused_po.ops.head import Head
-from fused_po.ops.sweep import MAX_TILE_ROWS, Budget
+from fused_po.ops.gradients import Wanted
+from fused_po.ops.peaks import peak
+from fused_po.ops.routes import Route
+from fused_po.ops.sizes import Sizes
 
 __all__ = ["ROUTES", "MemoryPrediction", "largest_length", "predict_memory"]
 
@@ -27,9 +28,9 @@ class MemoryPrediction:
 
     Attributes:
         inputs: hidden states, weight and labels, which the caller holds.
-        gradients: of hidden states and weight, as they are returned.
-        accumulator: dW in float32 where the weight is narrower, and dH in float32 for float16.
-        scratch: tiles of logits and of their gradient, products on their way; what ``scratch_bytes`` bounds.
+        gradients: of hidden states and weight, as they are returned, those made by then.
+        accumulator: dW in float32 where that is added to and the weight narrower, and dH in float32 for float16.
+        scratch: tiles of logits and of their gradient, products on their way.
         logits: full logits, their softmax and gradients; of the route that has them.
         tokens: numbers per token.
     """
@@ -70,9 +71,9 @@ def predict_memory(
 ) -> MemoryPrediction:
     """The peak of a forward and backward through the head, in bytes.
 
-    From the same division of the budget that the operations make (``Budget``), and for full logits from what autograd
-    keeps: the softmax in float32 from forward to backward, and there two gradients as large. Holds within 15 % and
-    4 MiB of what ``peak_memory`` counts on a CPU; libraries' own workspaces are not in it.
+    From the route that the operations take (``ops.routes``), and for full logits from what autograd keeps: the softmax
+    in float32 from forward to backward, and there two gradients as large. Holds within 15 % and 4 MiB of what
+    ``peak_memory`` counts on a CPU; libraries' own workspaces are not in it.
 
     Args:
         tokens: N, all of which carry loss.
@@ -99,20 +100,14 @@ def predict_memory(
     if route == "full_logits":
         return _full_logits(tokens * vocab_size, inputs, d_hidden + d_weight, narrow, entropy)
     kind = torch.device(device).type
-    given = DEFAULT_SCRATCH_BYTES.get(kind, GIB) if scratch_bytes is None else scratch_bytes
-    scratch = _scratch(tokens, hidden_size, vocab_size, given, trainable, entropy, dtype, route == "linear_loss", kind)
-    wide_hidden = rows * storage_dtype(dtype).itemsize
-    wide_weight = 4 * head_elements if trainable else 0
-    copies = (wide_hidden if wide_hidden != d_hidden else 0) + (wide_weight if narrow < 4 else 0)
+    scratch = DEFAULT_SCRATCH_BYTES.get(kind, GIB) if scratch_bytes is None else scratch_bytes
+    wanted, fused = Wanted(True, trainable, False), route == "linear_loss"
+    sizes = Sizes(hidden_size, vocab_size, dtype, dtype, wanted, scratch)
+    way = Route.of(sizes, tokens, fused=fused, unscaled=fused and not entropy)
+    found = peak(way, tokens, fused=fused, plain=not entropy, widens=kind == "cpu" and narrow < 4)
+    blocks = KERNEL_BLOCKS.get(kind, 0)
     numbers = TOKEN_BYTES * tokens
-    if route == "linear_token_stats":
-        # tiles wait for backward, and are there when gradients are rounded
-        return MemoryPrediction(inputs, d_hidden + d_weight, copies, scratch, 0, numbers)
-    # gradients are made in the forward, and rounded in the backward, when the tiles are gone
-    rounded = (d_hidden if wide_hidden != d_hidden else 0) + (d_weight if narrow < 4 else 0)
-    if rounded > scratch:
-        return MemoryPrediction(inputs, d_hidden + d_weight, copies, 0, 0, numbers)
-    return MemoryPrediction(inputs, d_hidden + d_weight - rounded, copies, scratch, 0, numbers)
+    return MemoryPrediction(inputs, found.gradients, found.accumulator, found.scratch + blocks, 0, numbers)
 
 
 def largest_length(memory: int, predict: Callable[[int], MemoryPrediction]) -> int:
@@ -143,49 +138,3 @@ def _full_logits(elements: int, inputs: int, gradients: int, narrow: int, entrop
     peak = max(elements * forward, elements * backward, last)
     held = gradients if peak == last else 0
     return MemoryPrediction(inputs=inputs, gradients=held, logits=peak - held)
-
-
-def _scratch(
-    tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    scratch_bytes: int,
-    trainable: bool,
-    entropy: bool,
-    dtype: torch.dtype,
-    whole_loss: bool,
-    kind: str,
-) -> int:
-    """Tiles, and rows on their way through GEMM 2 and 3, of a call of so many tokens."""
-    weight = torch.empty((vocab_size, hidden_size), dtype=dtype, device="meta")
-    head = Head(weight, None, dtype, 1.0, None, 1.0, scratch_bytes // 8, None)
-    wide, narrow = head.accumulation_dtype.itemsize, dtype.itemsize
-    # linear_token_stats learns of a gradient through the entropy too late to keep logits
-    unscaled = not entropy
-    budget = Budget.of(scratch_bytes, head, unscaled=unscaled or not whole_loss, wanted=Wanted(True, trainable, False))
-    flying = min(tokens, budget.tile)
-    extra = 2 * hidden_size * (wide + narrow)
-    flight = flying * (vocab_size * (wide if wide == narrow else wide + narrow) + extra) + KERNEL_BLOCKS.get(kind, 0)
-    if not trainable and (unscaled or not whole_loss):
-        held = min(tokens, MAX_TILE_ROWS) * 2 * hidden_size * wide
-        # the products of linear_token_stats wait outside of the budget, as an output
-        waits = tokens <= budget.whole if whole_loss else True
-        home = tokens * hidden_size * (wide if whole_loss else storage_dtype(dtype).itemsize) if waits else 0
-        return home + max(flight + _casts(head, flying, kind), held)
-    kept = tokens if tokens <= budget.whole else (budget.whole if whole_loss else budget.kept)
-    row = vocab_size * (narrow if unscaled or not whole_loss else wide)
-    if entropy and not whole_loss:
-        return kept * row + flight
-    if wide == narrow and (kept == tokens or whole_loss):
-        # the kept tile is the one in flight
-        return kept * (row + extra) + KERNEL_BLOCKS.get(kind, 0)
-    return kept * (row + extra) + flight
-
-
-def _casts(head: Head, rows: int, kind: str) -> int:
-    """Slices in float32 of half-precision operands, and of their product: CPUs have no product that widens."""
-    if kind != "cpu" or head.compute_dtype == head.accumulation_dtype:
-        return 0
-    vocab, width = head.weight.shape
-    step = min(vocab, max(1, head.slice_bytes // (4 * max(width, rows))))
-    return 4 * step * (width + rows)

@@ -12,7 +12,11 @@ A backend is a module with three functions that work row by row (they know token
 ``row_softmax(x, labels, transform, span, outputs, out) -> partials``
     ``out <- G = d logp / dx = (1[v = y] - p) J`` with the statistics of the same sweep; ``out`` may be ``x``.
 
-and ``unsupported(kernel, x) -> str | None``, the reason in words why it can't run a case.
+and ``unsupported(kernel, x) -> str | None``, the reason in words why it can't run a case. Triton and the reference also
+have
+
+``row_regrad(tile, labels, transform, span, anchors, coefficients)``
+    G, in ``tile``, becomes ``dL/dx``, where the slope J is one number a row: without a softcap.
 
 Columns stand for the classes ``[span.start, span.stop)``; further columns of ``x`` are padding (no probability,
 gradient 0). A vocabulary tile, a padded tail and one rank's shard of the head are therefore the same thing.
@@ -28,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fused_po.stats import STATISTICS, Stats
 
@@ -38,6 +43,8 @@ __all__ = ["ANCHORS", "PARTIALS", "Coefficients", "Span", "Transform", "accumula
 # classes before the target, or just max where there are such classes and none of the columns ties with the target
 PARTIALS = ("max", "sum", "target", "weighted", "square", "total", "before")
 
+# stands for minus infinity, so that a product with 0 is 0; times the size of a vocabulary it is finite in float32
+LEAST = -1e30
 
 # rows of the anchors tensor, what turns the logits of a row back into probabilities: log p_y, and shift and gap with
 # log p_v = (z_v - shift) + gap, which keeps its digits where all logits are far from 0 and z_v - lse does not; entropy
@@ -91,20 +98,21 @@ def merge(parts: Tensor) -> Tensor:
     Returns:
         (7, N). A part without any class other than the target (max = -inf) does not count.
     """
-    top, total, target, weighted, square, summed, before = parts.unbind(1)  # (P, N) each
-    best = top.amax(0)  # (N,)
-    empty = top == -torch.inf
-    shift = torch.where(empty, 0.0, top - torch.where(best == -torch.inf, 0.0, best))  # (P, N)
-    scale = torch.where(empty, 0.0, shift.exp())
+    top, total, _, weighted, square, summed, _ = parts.unbind(1)  # (P, N) each
+    # of which the sums are not used
+    best, _, target, _, _, _, before = parts.amax(0)  # (N,) each
+    # -inf - -inf would be NaN, and so would -inf times the sum of nothing
+    shift = (top - best.clamp_min(torch.finfo(parts.dtype).min)).clamp_min(LEAST)  # (P, N)
+    scale = shift.exp()
     return torch.stack(
         [
             best,
             (scale * total).sum(0),
-            target.amax(0),
-            (scale * (weighted + shift * total)).sum(0),
+            target,
+            (scale * torch.addcmul(weighted, shift, total)).sum(0),
             (scale * scale * square).sum(0),
             summed.sum(0),
-            before.amax(0),
+            before,
         ]
     )
 
@@ -126,40 +134,38 @@ def finish(partials: Tensor, labels: Tensor, vocab_size: int, outputs: tuple[str
         dtype of the partials.
     """
     top, total, target, weighted, square, summed, before = partials.double().unbind(0)  # (N,) each
+    legal = labels.clamp(0, vocab_size - 1) == labels
+    # NaN from here on: whatever is made of the target of an illegal label
+    target = torch.where(legal, target, torch.nan)
+    # at least 1 where there is a class other than the target
+    total = total.clamp_min(1.0)
     log_total = total.log()
-    legal = (labels >= 0) & (labels < vocab_size)
-    # the target first: log s would drown in logits far from 0
-    margin = (top - target) + log_total
-    logp = torch.where(legal, -_softplus(margin), torch.nan)
-    gap = -(log_total + _softplus(-margin))
-    shift = torch.where(top == -torch.inf, target, top)
-    gap = torch.where(top == -torch.inf, 0.0, gap)
+    # the target first: log s would drown in logits far from 0; finite where there is no other class
+    margin = ((top - target) + log_total).clamp_min(LEAST)
+    logp = logsigmoid(-margin)
+    gap = logsigmoid(margin) - log_total
+    # where there is no other class, a finite number: -inf - -inf would be NaN
+    shift = top.clamp_min(torch.finfo(partials.dtype).min)
     found: dict[str, Tensor] = {}
     if "logp" in outputs:
         found["logp"] = logp
-    if "lse" in outputs:
-        found["lse"] = torch.where(legal, shift - gap, torch.nan)
-    entropy = torch.zeros_like(logp)
     if "entropy" in outputs:
-        p_target = logp.exp()
-        own = torch.where(p_target == 0, 0.0, p_target * logp)
-        # 1 - p_y = sigmoid(d): no cancellation at either end
-        rest = torch.where(total == 0, 0.0, torch.sigmoid(margin) * (weighted / total + gap))
-        entropy = found["entropy"] = -own - rest
+        # p log p is 0 where p is, and 1 - p_y = sigmoid(d): no cancellation at either end
+        own = logp.exp() * logp.clamp_min(LEAST)
+        others = torch.addcdiv(gap, weighted, total)
+        found["entropy"] = -torch.addcmul(own, torch.sigmoid(margin), others)
+    if "lse" in outputs:
+        found["lse"] = torch.logaddexp(target, top + log_total)
     if "mean_logit" in outputs:
         found["mean_logit"] = torch.where(legal, summed / vocab_size, torch.nan)
-    if "is_top1" in outputs:
-        found["is_top1"] = legal & (target >= top) & (target > before)
     if "log_sum_sq_probs" in outputs:
         found["log_sum_sq_probs"] = torch.logaddexp(square.log() + 2 * gap, 2 * logp)
     if "max_logp" in outputs:
         # gap is that of the best class other than the target
-        found["max_logp"] = torch.maximum(torch.where(top == -torch.inf, -torch.inf, gap), logp)
-    stats = {name: v if v.dtype == torch.bool else v.to(partials.dtype) for name, v in found.items()}
+        found["max_logp"] = torch.maximum(gap, logp)
+    entropy = found["entropy"] if "entropy" in found else torch.zeros_like(logp)
+    stats = {name: value.to(partials.dtype) for name, value in found.items()}
+    if "is_top1" in outputs:
+        stats["is_top1"] = (target >= top) & (target > before)
     anchors = torch.stack([logp, shift, gap, entropy]).to(partials.dtype)
     return Stats(**{name: stats[name] for name in STATISTICS if name in stats}), anchors
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x); keeps NaN."""
-    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))

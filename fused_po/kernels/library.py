@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, accumulation_dtype
-from fused_po.kernels.select import select
+from fused_po.kernels.select import select, unsupported
 
-__all__ = ["row_grad", "row_softmax", "row_stats"]
+__all__ = ["REGRAD_BACKENDS", "row_grad", "row_regrad", "row_softmax", "row_stats", "scale"]
+
+SCALE_BACKENDS = {"triton": "fused_po.kernels.triton_scale", "reference": "fused_po.kernels.reference"}
+# those that turn G into dL/dx
+REGRAD_BACKENDS = {"triton": "fused_po.kernels.triton_regrad", "reference": "fused_po.kernels.reference"}
 
 
 def row_stats(
@@ -55,6 +59,26 @@ def row_grad(
         torch.ops.fused_po.row_grad_(x, *arguments)
     else:
         torch.ops.fused_po.row_grad_into(x, out, *arguments)
+
+
+def row_regrad(
+    tile: Tensor,
+    labels: Tensor,
+    transform: Transform,
+    span: Span,
+    anchors: Tensor,
+    coefficients: Coefficients,
+    backend: str | None,
+) -> None:
+    """G = d logp / dx, ``tile`` (N, V), becomes ``dL/dx``: no softcap."""
+    temperatures, temperature, _, logit_scale = _flat(transform)
+    arguments = (labels.contiguous(), temperatures, temperature, logit_scale, *span, anchors, *coefficients, backend)
+    torch.ops.fused_po.row_regrad_(tile, *arguments)
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """``x`` times a number (), in place; a factor of 1 costs a look at it, on the device."""
+    torch.ops.fused_po.scale_(x, factor)
 
 
 def _flat(transform: Transform) -> tuple[Tensor | None, float, float | None, float]:
@@ -163,6 +187,38 @@ def _row_grad_into(
     module.row_grad(x, labels, transform, Span(start, stop), anchors, Coefficients(c, e, l), out)
 
 
+@torch.library.custom_op("fused_po::row_regrad_", mutates_args=("tile",))
+def _row_regrad_(
+    tile: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    start: int,
+    stop: int,
+    anchors: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    backend: str | None,
+) -> None:
+    transform = Transform(temperature, temperatures, None, logit_scale)
+    module = select("row_regrad", tile, backend, REGRAD_BACKENDS)
+    module.row_regrad(tile, labels, transform, Span(start, stop), anchors, Coefficients(c, e, l))
+
+
+@torch.library.custom_op("fused_po::scale_", mutates_args=("x",))
+def _scale_(x: Tensor, factor: Tensor) -> None:
+    # not a choice of the user's: the same numbers either way
+    name = "triton" if unsupported("triton", "scale", x, SCALE_BACKENDS) is None else "reference"
+    select("scale", x, name, SCALE_BACKENDS).scale(x, factor)
+
+
+@_scale_.register_fake
+def _scaled(x: Tensor, factor: Tensor) -> None:
+    return None
+
+
 @_row_stats.register_fake
 @_row_softmax_.register_fake
 def _partials_like(x: Tensor, *arguments: object) -> Tensor:
@@ -176,5 +232,6 @@ def _partials_like_into(x: Tensor, out: Tensor, *arguments: object) -> Tensor:
 
 @_row_grad_.register_fake
 @_row_grad_into.register_fake
+@_row_regrad_.register_fake
 def _nothing(x: Tensor, *arguments: object) -> None:
     return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform, accumulation_dtype
 
-__all__ = ["row_grad", "row_softmax", "row_stats", "unsupported"]
+__all__ = ["row_grad", "row_regrad", "row_softmax", "row_stats", "scale", "unsupported"]
 
 # elements of a block: 16 rows of a 32k vocabulary are 2 MiB in float32
 BLOCK_ELEMENTS = 1 << 19
@@ -73,33 +73,80 @@ def row_grad(
     """
     buffers = _Buffers(x, span.width, out)
     for rows in _blocks(x):
-        local = labels[rows] - span.start  # (R,)
-        here = (local >= 0) & (local < span.width)
-        column = local.clamp(0, span.width - 1).unsqueeze(1)
+        here, column = _places(labels[rows], span)
         z, slope = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=True)
-        own, shift, gap, entropy = anchors[:, rows]  # (R,) each
+        own, shift, gap, _ = anchors[:, rows]  # (R,) each
         log_p = z.sub_(shift.unsqueeze(1)).add_(gap.unsqueeze(1))
         log_p.scatter_(1, column, torch.where(here, own, log_p.gather(1, column).squeeze(1)).unsqueeze(1))
         p = torch.exp(log_p, out=buffers.second[: z.shape[0]])
-        factor = torch.zeros_like(own)
-        if coefficients.lse is not None:
-            factor = factor + coefficients.lse[rows]
-        if coefficients.logp is not None:
-            factor = factor - coefficients.logp[rows]
-        if coefficients.entropy is None:
-            grad = p.mul_(factor.unsqueeze(1))
-        else:
-            e = coefficients.entropy[rows]
-            # p log p is 0 where p is
-            log_p.masked_fill_(torch.eq(p, 0, out=buffers.mask[: z.shape[0]]), 0.0)
-            bracket = log_p.add_(entropy.unsqueeze(1)).mul_(e.neg().unsqueeze(1))
-            grad = bracket.add_(factor.unsqueeze(1)).mul_(p)
-        if coefficients.logp is not None:
-            # c (1 - p_y) as a whole: c - c p_y would cancel at peaked rows
-            exact = grad.gather(1, column).squeeze(1) + coefficients.logp[rows] * own.exp()
-            exact = exact - coefficients.logp[rows] * torch.expm1(own)
-            grad.scatter_(1, column, torch.where(here, exact, grad.gather(1, column).squeeze(1)).unsqueeze(1))
+        grad = _gradient(log_p, p, anchors[:, rows], coefficients, rows, here, column, buffers)
         _store(grad, slope, out, rows, span, labels[rows] < 0)
+
+
+def row_regrad(
+    tile: Tensor, labels: Tensor, transform: Transform, span: Span, anchors: Tensor, coefficients: Coefficients
+) -> None:
+    """G becomes ``dL/dx``, see ``contract``."""
+    buffers = _Buffers(tile, span.width)
+    for rows in _blocks(tile):
+        here, column = _places(labels[rows], span)
+        slope: Tensor | float = transform.logit_scale / transform.temperature
+        if transform.temperatures is not None:
+            slope = (transform.logit_scale / transform.temperatures[rows]).unsqueeze(1)  # (R, 1)
+        # G = -p J at the classes other than the target
+        p = buffers.second[: labels[rows].shape[0]].copy_(tile[rows, : span.width]).div_(slope).neg_()
+        own = anchors[0, rows]
+        p.scatter_(1, column, torch.where(here, own.exp(), p.gather(1, column).squeeze(1)).unsqueeze(1))
+        log_p = torch.log(p, out=buffers.first[: p.shape[0]])
+        log_p.scatter_(1, column, torch.where(here, own, log_p.gather(1, column).squeeze(1)).unsqueeze(1))
+        grad = _gradient(log_p, p, anchors[:, rows], coefficients, rows, here, column, buffers)
+        _store(grad, slope, tile, rows, span, labels[rows] < 0)
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """``x`` times a number (), in place."""
+    # looking would wait for a GPU
+    if x.device.type != "cpu" or bool(factor != 1):
+        x.mul_(factor)
+
+
+def _places(labels: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    """Which rows have their label among the columns, and the column of each (R, 1), any one for the others."""
+    local = labels - span.start  # (R,)
+    return (local >= 0) & (local < span.width), local.clamp(0, span.width - 1).unsqueeze(1)
+
+
+def _gradient(
+    log_p: Tensor,
+    p: Tensor,
+    anchors: Tensor,
+    coefficients: Coefficients,
+    rows: slice,
+    here: Tensor,
+    column: Tensor,
+    buffers: _Buffers,
+) -> Tensor:
+    """dL/dz (R, V) of a block of rows, over log p or p."""
+    own, entropy = anchors[0], anchors[3]  # (R,)
+    factor = torch.zeros_like(own)
+    if coefficients.lse is not None:
+        factor = factor + coefficients.lse[rows]
+    if coefficients.logp is not None:
+        factor = factor - coefficients.logp[rows]
+    if coefficients.entropy is None:
+        grad = p.mul_(factor.unsqueeze(1))
+    else:
+        e = coefficients.entropy[rows]
+        # p log p is 0 where p is
+        log_p.masked_fill_(torch.eq(p, 0, out=buffers.mask[: p.shape[0]]), 0.0)
+        bracket = log_p.add_(entropy.unsqueeze(1)).mul_(e.neg().unsqueeze(1))
+        grad = bracket.add_(factor.unsqueeze(1)).mul_(p)
+    if coefficients.logp is not None:
+        # c (1 - p_y) as a whole: c - c p_y would cancel at peaked rows
+        exact = grad.gather(1, column).squeeze(1) + coefficients.logp[rows] * own.exp()
+        exact = exact - coefficients.logp[rows] * torch.expm1(own)
+        grad.scatter_(1, column, torch.where(here, exact, grad.gather(1, column).squeeze(1)).unsqueeze(1))
+    return grad
 
 
 def _blocks(x: Tensor) -> list[slice]:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ["BACKENDS", "select", "unsupported"]
+__all__ = ["BACKENDS", "requested_backend", "select", "unsupported"]
 
 # in the order of preference
 BACKENDS = {
@@ -36,7 +36,7 @@ def select(kernel: str, x: Tensor, requested: str | None, backends: Mapping[str,
     Raises:
         ValueError: an unknown name, or a named backend that can't run the case (a named backend never falls back).
     """
-    requested = requested or os.environ.get("FUSED_PO_BACKEND") or None
+    requested = requested_backend(requested)
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
     modules = BACKENDS if backends is None else backends
@@ -53,6 +53,11 @@ def select(kernel: str, x: Tensor, requested: str | None, backends: Mapping[str,
         if requested is not None:
             raise ValueError(f"backend {name!r} can't run {kernel}: {reason}")
     raise AssertionError("the reference backend supports every case")
+
+
+def requested_backend(requested: str | None) -> str | None:
+    """The name that was asked for, by argument or by ``FUSED_PO_BACKEND``; None: no name was."""
+    return requested or os.environ.get("FUSED_PO_BACKEND") or None
 
 
 def unsupported(name: str, kernel: str, x: Tensor, backends: Mapping[str, str] | None = None) -> str | None:

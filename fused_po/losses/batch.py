@@ -37,9 +37,9 @@ class Batch:
         mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
         num_tokens, num_sequences, num_pairs: normalisers of the whole call (or of all ranks, where the caller gave
             them), never of this chunk.
-        num_call_tokens, num_chosen_tokens: loss tokens of the call and of its chosen half, whatever ``num_items``
-            says; a mean over the call that becomes its share where ``num_sequences`` was given, as the mean over
-            sequences does.
+        num_chosen_tokens: normaliser of the tokens of chosen answers; where it was not given but ``num_sequences``
+            was, those of the call times what that is of the call's sequences.
+        num_call_tokens: loss tokens of the call, whatever ``num_items`` says, times the same.
         chosen: (N,) bool, True for tokens of the first half of the call's sequences (the chosen answers of pairs).
         token_lengths: (N,) loss tokens of the sequence that a token belongs to, in the whole call.
         per_token: side inputs (N,).

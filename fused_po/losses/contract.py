@@ -92,6 +92,14 @@ class Loss(ABC):
         return None
 
     @property
+    def not_additive(self) -> str | None:
+        """Why micro-batches do not add up to the full batch, whatever normalisers are given; None where they do.
+
+        Each must keep its horizons whole.
+        """
+        return "it compares what is in one call" if self.horizon == HORIZONS[-1] else None
+
+    @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:
         """The losses that this one is a weighted sum of, each with sides of its own."""
         return ((1.0, self),)
@@ -134,7 +142,7 @@ class Loss(ABC):
 
 def total(terms: dict[str, Tensor]) -> Tensor:
     """The loss: the sum of its terms."""
-    return torch.stack(list(terms.values())).sum()
+    return torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
 
 
 def listed(items: Iterable[str]) -> str:

@@ -14,7 +14,15 @@ from torch import Tensor
 from fused_po.losses.batch import Batch
 from fused_po.losses.policy import Aggregated, ClippedLoss
 from fused_po.losses.registry import register
-from fused_po.losses.terms import advantages, clipped_surrogate, log_ratio, old_logp, policy_logp, require_range
+from fused_po.losses.terms import (
+    HUGE,
+    advantages,
+    clipped_surrogate,
+    difference,
+    old_logp,
+    policy_logp,
+    require_range,
+)
 from fused_po.stats import Stats
 
 __all__ = ["ClipCov", "KlCov"]
@@ -40,8 +48,8 @@ class ClipCov(CovarianceLoss):
     (``clip_cov_lb``, ``clip_cov_ub``) (Cui et al., arXiv 2505.22617).
 
     Which of them is chance in the paper and in verl; here it follows from their order and ``seed``, so that a step can
-    be
-    repeated: change the seed from step to step.
+    be repeated: change the seed from step to step. Micro-batches, each with means of its own, do not add up to the full
+    batch.
 
     Args:
         clip_cov_ratio: 2e-4, share of the call's tokens that is dropped, at least one token.
@@ -78,7 +86,8 @@ class KlCov(CovarianceLoss):
     """KL-Cov: ``-r A``, plus ``ppo_kl_coef |log r|`` on the tokens with the largest covariance ``(A - mean A) (log pi
     - mean log pi)`` (Cui et al., arXiv 2505.22617).
 
-    Nothing is clipped; the clip metrics count what PPO would clip.
+    Nothing is clipped; the clip metrics count what PPO would clip. Micro-batches, each with means of its own, do not
+    add up to the full batch.
 
     Args:
         kl_cov_ratio: 2e-4, share of the call's tokens, at least one token.
@@ -95,22 +104,23 @@ class KlCov(CovarianceLoss):
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         logp, advantage = policy_logp(stats), advantages(batch)
-        drift = log_ratio(logp, old_logp(logp, batch))
+        drift = difference(logp, old_logp(logp, batch))
         covariance = torch.where(batch.loss_tokens(), _covariance(logp, advantage, batch), -torch.inf)
         largest = _first(-covariance) < _share(self.kl_cov_ratio, batch)
-        return -drift.exp() * advantage + torch.where(largest, self.ppo_kl_coef * drift.abs(), 0.0)
+        return -self.ratio(logp, batch) * advantage + torch.where(largest, self.ppo_kl_coef * drift.abs(), 0.0)
 
 
 def _covariance(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """The token's share of the covariance of advantage and log-prob over the call, detached, (N,)."""
     count = batch.lengths.sum().clamp_min(1)
     # a log-prob of -inf would make every mean so
-    logp = logp.detach().clamp_min(-1e30)
+    logp = logp.detach().clamp_min(-HUGE)
     return (advantage - batch.sum_tokens(advantage) / count) * (logp - batch.sum_tokens(logp) / count)
 
 
 def _share(ratio: float, batch: Batch) -> Tensor:
-    return (batch.lengths.sum() * ratio).floor().clamp_min(1)
+    # 0.29 times 100 is 29, to rounding
+    return (batch.lengths.sum().double() * ratio + 1e-9).floor().clamp_min(1)
 
 
 def _first(values: Tensor) -> Tensor:

@@ -17,17 +17,21 @@ from fused_po.losses.metrics import sequence_means, token_mean
 from fused_po.losses.policy import ClippedLoss
 from fused_po.losses.registry import register
 from fused_po.losses.terms import (
+    MAX_LOG_RATIO,
     advantages,
     bounded,
     choose,
     clipped_surrogate,
     difference,
+    kl_penalty,
     log_ratio,
     old_logp,
     policy_logp,
     reinforce,
     require_choice,
     require_range,
+    times_ratio,
+    weighted_kl,
 )
 from fused_po.stats import Stats
 
@@ -48,7 +52,9 @@ class GrpoLoss(ClippedLoss):
         epsilon_high: None takes ``epsilon``.
         delta: upper bound of the unclipped ratio (two-sided clipping, arXiv 2505.07291); None: no bound.
         importance_sampling_level: ``token``, or ``sequence``: r is the geometric mean over the sequence (GSPO).
-        use_bias_correction_kl: True as in TRL since 1.10 (False before): the KL penalty is multiplied by r.
+        use_bias_correction_kl: True as in TRL since 1.10 (False before): the KL penalty is multiplied by r. Where the
+            policy, the reference or the sampler gives the token no probability, or r lies above e^80, the sample says
+            nothing about the KL, and the penalty is 0.
     """
 
     delta: float | None = None
@@ -65,18 +71,32 @@ class GrpoLoss(ClippedLoss):
     def own_horizon(self) -> str:
         return self.importance_sampling_level
 
+    def log_weight(self, logp: Tensor, batch: Batch) -> Tensor:
+        """log r per token, (N,)."""
+        drift = difference(logp, old_logp(logp, batch))
+        return drift if self.importance_sampling_level == "token" else batch.spread(batch.mean_per_sequence(drift))
+
     def ratio(self, logp: Tensor, batch: Batch) -> Tensor:
         if self.importance_sampling_level == "token":
             return super().ratio(logp, batch)
-        return batch.spread(sequence_log_weight(logp, batch).exp())
+        return bounded(self.log_weight(logp, batch), MAX_LOG_RATIO).exp()
 
     def surrogate(self, stats: Stats, batch: Batch) -> Tensor:
         ceiling = math.inf if self.delta is None else self.delta
         return clipped_surrogate(self.ratio(policy_logp(stats), batch), advantages(batch), *self.bounds, ceiling)
 
     def kl(self, stats: Stats, batch: Batch) -> Tensor:
-        kl = super().kl(stats, batch)
-        return kl * self.ratio(policy_logp(stats), batch) if self.use_bias_correction_kl else kl
+        if not self.use_bias_correction_kl:
+            return super().kl(stats, batch)
+        logp, reference = policy_logp(stats), batch.token("ref_logp")
+        assert reference is not None
+        return self.weighted_kl(logp, reference, batch)
+
+    def weighted_kl(self, logp: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+        """The KL penalty times r per token, 0 where r lies above e^80: (N,), (N,) -> (N,)."""
+        if self.importance_sampling_level == "token":
+            return weighted_kl(logp, reference, old_logp(logp, batch), self.kl_estimator)
+        return times_ratio(kl_penalty(logp, reference, self.kl_estimator), self.log_weight(logp, batch))
 
     @property
     def ratio_per_sequence(self) -> bool:
@@ -88,11 +108,6 @@ class GrpoLoss(ClippedLoss):
         # TRL counts after the bound, which hides all above where it lies below 1 + epsilon_high
         below, above = super().clipped(logp, batch)
         return below, above & (self.delta > self.bounds[1])
-
-
-def sequence_log_weight(logp: Tensor, batch: Batch) -> Tensor:
-    """Mean log-ratio of each sequence, clamped to +-80: (N,) -> (B,)."""
-    return log_ratio(batch.mean_per_sequence(difference(logp, old_logp(logp, batch))), logp.new_zeros(()))
 
 
 @register("grpo")
@@ -112,11 +127,19 @@ class Bnpo(GrpoLoss):
     """GRPO's surrogate ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)``, mean over the tokens of the call (TRL's
     ``bnpo``; Xiao et al., arXiv 2506.02864).
 
-    ``num_items`` does not count here: gradient accumulation averages the means of its calls.
+    ``num_items`` does not count here, nor for the entropy bonus: gradient accumulation averages the means of its calls,
+    so micro-batches of different lengths do not add up to the full batch. ``dapo`` is the loss that does.
     """
+
+    @property
+    def not_additive(self) -> str | None:
+        return "its mean is over the tokens of one call, by definition"
 
     def aggregate(self, values: Tensor, batch: Batch) -> Tensor:
         return batch.mean_call_tokens(values)
+
+    def mean_entropy(self, entropy: Tensor, batch: Batch) -> Tensor:
+        return batch.mean_call_tokens(entropy)
 
 
 @register("dr_grpo")
@@ -313,8 +336,12 @@ class GspoToken(Gspo):
     """
 
     def ratio(self, logp: Tensor, batch: Batch) -> Tensor:
-        own = difference(logp, logp.detach())
-        return super().ratio(logp, batch).detach() * own.exp()
+        shared = self.log_weight(logp, batch).detach()
+        return bounded(shared + difference(logp, logp.detach()), MAX_LOG_RATIO).exp()
+
+    def weighted_kl(self, logp: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+        own = weighted_kl(logp, reference, logp.detach(), self.kl_estimator)
+        return times_ratio(own, self.log_weight(logp, batch).detach())
 
 
 @register("gmpo")

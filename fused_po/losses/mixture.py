@@ -71,6 +71,11 @@ class Mixture(Loss):
     def has_unsided_terms(self) -> bool:
         return any(part.has_unsided_terms for part in self.losses)
 
+    @property
+    def not_additive(self) -> str | None:
+        """That of the first part that has one."""
+        return next((part.not_additive for part in self.losses if part.not_additive is not None), None)
+
     def silent(self, batch: Batch) -> Tensor | None:
         """Rows that are silent in every part."""
         found = None

@@ -198,7 +198,7 @@ class MarginLoss(ReferenceLoss):
     def pattern(self, batch: Batch) -> Tensor | None:
         if not self._reverse_kl:
             return None
-        signs = torch.where(batch.chosen, 1.0, -1.0)
+        signs = choose(batch.chosen, 1.0, -1.0)
         weight = self.token_weight(batch)
         signs = signs if weight is None else signs * weight
         return signs / batch.token_lengths.clamp_min(1) if self.length_normalised else signs

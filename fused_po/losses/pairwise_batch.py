@@ -67,7 +67,10 @@ class SortedLoss(BatchPairLoss):
 @dataclass(frozen=True)
 class Aot(SortedLoss):
     """AOT on pairs: ``-log sigmoid(beta (sort(a - d) - sort(a_ref - d_ref)))``, sorted across the batch (Melnyk et al.,
-    arXiv 2406.05882)."""
+    arXiv 2406.05882).
+
+    Micro-batches, each sorted for itself, do not add up to the full batch.
+    """
 
     def of_batch(self, stats: Stats, batch: Batch, members: Tensor) -> Tensor:
         logps = self.logps(stats, batch)
@@ -82,6 +85,8 @@ class Aot(SortedLoss):
 class AotUnpaired(SortedLoss):
     """AOT on unpaired answers: ``-log sigmoid(beta (sort(u) - sort(v)))``, sorted across the batch (Melnyk et al.,
     arXiv 2406.05882). ``aot_pair`` in TRL 0.24 to 0.26.
+
+    Micro-batches, each sorted for itself, do not add up to the full batch.
     """
 
     def of_batch(self, stats: Stats, batch: Batch, members: Tensor) -> Tensor:
@@ -95,7 +100,8 @@ class BetaDPO(BatchPairLoss):
     over the pairs nearest to the usual margin (Wu et al., arXiv 2407.08639).
 
     A share ``kept`` of the pairs counts, those whose margin beta h lies nearest to the running mean; the paper draws
-    them at random with Gaussian weights, here the likeliest are taken, so that a step can be repeated.
+    them at random with Gaussian weights, here the likeliest are taken, so that a step can be repeated. Micro-batches,
+    each with a beta and a choice of its own, do not add up to the full batch.
 
     Side inputs: ``shift``, the running mean of the margins beta h before this batch (the paper: momentum 0.9),
     optional: 0. The metric ``rewards/margins`` is what to update it with.
@@ -124,7 +130,8 @@ class BetaDPO(BatchPairLoss):
         reward, shift = self.beta * margin.detach(), batch.scalar("shift")
         distance = (reward if shift is None else reward - shift).abs()
         place = torch.where(members, distance, torch.inf).argsort(stable=True).argsort()  # (P,)
-        kept = members & (place < (members.sum() * self.kept).ceil())
+        # 0.55 times 20 is 11, to rounding
+        kept = members & (place < (members.sum().double() * self.kept - 1e-9).ceil())
         usual = torch.where(kept, reward, 0.0).sum() / kept.sum().clamp_min(1)
         usual = usual if shift is None else usual - shift
         beta = (self.beta * (1.0 + self.beta_alpha * usual)).clamp_min(self.beta_min)
@@ -132,5 +139,5 @@ class BetaDPO(BatchPairLoss):
         weight = self.pair_weight(stats, batch)
         loss = loss if weight is None else loss * weight
         # the mean over the pairs that are kept, as a share of all
-        share = members.sum() / kept.sum().clamp_min(1)
+        share = members.sum().double() / kept.sum().clamp_min(1)
         return torch.where(kept, loss * share, 0.0)

@@ -43,7 +43,8 @@ AGGREGATIONS = {
 class PolicyLoss(Loss):
     """Base: a surrogate per token, weighted, then a KL penalty and an entropy bonus.
 
-    r = pi / pi_old, clamped to e^+-80; A is ``advantage``.
+    r = pi / pi_old; A is ``advantage``. Beyond e^+-80 r is constant, so a token that the sampler gives no probability
+    (``old_logp`` of -inf, outside its top k) has a finite loss and no gradient.
 
     Side inputs: ``advantage`` (B,) or per token; ``old_logp`` per token, optional: the current log-probs, detached;
     ``ref_logp`` per token where ``beta`` is not 0; ``importance_weight`` and ``row_weight``, optional, multiply the
@@ -52,11 +53,13 @@ class PolicyLoss(Loss):
 
     Args:
         beta: 0.0, weight of the KL penalty to the reference.
-        kl_estimator: ``k3``, or ``k1`` (whose gradient does not depend on the reference), ``k2``.
-        entropy_coef: 0.0, weight of the mean entropy over the call's loss tokens (those that
+        kl_estimator: with x = log pi_ref - log pi, ``k3``: e^x - 1 - x, constant where x lies above 80; ``k1``: -x
+            (whose gradient does not depend on the reference); ``k2``: x^2 / 2. An infinite x counts as +-1e15.
+        entropy_coef: 0.0, weight of the mean entropy over the loss tokens, ``num_items`` of them (over those that
             ``top_entropy_quantile`` keeps).
         top_entropy_quantile: 1.0; below, only that share of the call's tokens with the highest entropy carries the
-            surrogate (Wang et al., arXiv 2506.01939), and the horizon is the batch.
+            surrogate (Wang et al., arXiv 2506.01939), and the horizon is the batch: micro-batches, each with a quantile
+            of its own, do not add up to the full batch.
         off_policy_mask_threshold: None; else tokens with a negative advantage are dropped where the mean of log
             pi_sampling
             - log pi over their sequence lies above it (DeepSeek-V3.2, arXiv 2512.02556), and the horizon is the
@@ -211,12 +214,17 @@ class PolicyLoss(Loss):
         tokens = batch.loss_tokens()
         return tokens & (entropy >= quantile(entropy, tokens, 1.0 - self.top_entropy_quantile))
 
+    def mean_entropy(self, entropy: Tensor, batch: Batch) -> Tensor:
+        """This batch's share of the mean over the loss tokens: (N,) -> ()."""
+        return batch.mean_tokens(entropy)
+
     def _entropy(self, entropy: Tensor, batch: Batch) -> Tensor:
         mask = self.high_entropy(Stats(entropy=entropy), batch)
         if mask is None:
-            return batch.mean_call_tokens(entropy)
+            return self.mean_entropy(entropy, batch)
         # the mean over fewer tokens
-        return batch.mean_call_tokens(torch.where(mask, entropy, 0.0)) * (batch.lengths.sum() / mask.sum().clamp_min(1))
+        share = batch.lengths.sum().double() / mask.sum().clamp_min(1)
+        return self.mean_entropy(torch.where(mask, entropy, 0.0), batch) * share
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fused_po.losses.terms import (
     HUGE,
     bounded,
     bounded_expm1,
+    choose,
     chosen_nll,
     policy_logp,
     require_choice,
@@ -109,7 +110,7 @@ class Cpo(PairLoss):
     def pattern(self, batch: Batch) -> Tensor | None:
         if self.alpha != 0.0 or self.cpo_alpha != 0.0:
             return None
-        signs = torch.where(batch.chosen, 1.0, -1.0)
+        signs = choose(batch.chosen, 1.0, -1.0)
         return signs / batch.token_lengths.clamp_min(1) if self.length_normalised else signs
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ class ShiftedLoss(Loss):
 
     Args:
         shift_weight: 1.0, how much of the shift is the given one; the rest is the mean reward of this batch, detached,
-            and makes the horizon the batch. A running mean over n answers that takes in a batch of m has n / (n + m).
+            and makes the horizon the batch: micro-batches, each with a mean of its own, do not add up to the full
+            batch. A running mean over n answers that takes in a batch of m has n / (n + m).
     """
 
     shift_weight: float = 1.0

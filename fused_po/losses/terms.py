@@ -14,6 +14,7 @@ from fused_po.stats import Stats
 __all__ = [
     "HUGE",
     "KL_ESTIMATORS",
+    "MAX_LOG_RATIO",
     "advantages",
     "bounded",
     "bounded_exp",
@@ -32,15 +33,17 @@ __all__ = [
     "require_range",
     "sequence_log_ratio",
     "sigmoid_loss",
+    "times_ratio",
     "weighted",
+    "weighted_kl",
 ]
 
 # exp of it is finite in float32 with room for a product
 MAX_LOG_RATIO = 80.0
 # exp of it is the largest float32
 MAX_EXPONENT = math.log(torch.finfo(torch.float32).max)
-# stands for infinity, so that a product with 0 is 0
-HUGE = 1e30
+# stands for infinity, so that a product with 0 is 0; its square is finite in float32
+HUGE = 1e15
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -63,33 +66,69 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
     return difference(batch.sum_per_sequence(policy_logp(stats)), reference)
 
 
-def difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left - right`` of log-probs, clamped to +-1e30; 0 where both are the same infinity."""
-    same = (left == right) & left.isinf()
-    return bounded(torch.where(same, 0.0, left - right), HUGE)
+def difference(left: Tensor, right: Tensor, limit: float = HUGE) -> Tensor:
+    """``left - right`` of log-probs, clamped to +-limit (1e15); 0 where both are the same infinity."""
+    found = left - right
+    # equal, though their difference is not 0
+    same = (left == right) != (found == 0)
+    # where it is clamped it is constant: nothing there is differentiated
+    clamped = found.detach().nan_to_num(nan=0.0).clamp(-limit, limit)
+    return torch.where(same | (found.abs() > limit), clamped, found)
 
 
 def log_ratio(logp: Tensor, other: Tensor) -> Tensor:
     """``logp - other``, clamped to +-80 so that its exponential stays finite."""
-    return bounded(difference(logp, other), MAX_LOG_RATIO)
+    return difference(logp, other, MAX_LOG_RATIO)
 
 
 def kl_penalty(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
     """A KL estimator per token (Schulman, "Approximating KL Divergence", 2020).
 
-    With r = logp - ref: k1 = r, k2 = r^2 / 2, k3 = e^-r + r - 1.
+    With x = ref - logp: k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. Infinite x count as +-1e15, and k3 is constant where x
+    lies above 80.
     """
-    ratio = log_ratio(logp, ref)
+    gap = difference(ref, logp)
     if estimator == "k1":
-        return ratio
+        return -gap
     if estimator == "k2":
-        return 0.5 * ratio.square()
-    return torch.expm1(-ratio) + ratio
+        return 0.5 * gap.square()
+    gap = torch.where(gap > MAX_LOG_RATIO, MAX_LOG_RATIO, gap)
+    return torch.expm1(gap) - gap
+
+
+def weighted_kl(logp: Tensor, ref: Tensor, old: Tensor, estimator: str) -> Tensor:
+    """A KL estimator times r = pi / pi_old, per token.
+
+    r k3 is e^(ref - old) - r (x + 1), whose derivative -r x has no exponential of x to lose its digits in. A token that
+    one of the three gives no probability, or whose r lies above e^80, is no evidence and adds 0; e^(ref - old) is at
+    most e^80.
+    """
+    gap, drift = difference(ref, logp), difference(logp, old)
+    usable = (gap.abs() < HUGE) & (drift <= MAX_LOG_RATIO)
+    ratio = torch.where(usable, drift, 0.0).exp()
+    if estimator == "k1":
+        value = -ratio * gap
+    elif estimator == "k2":
+        value = 0.5 * ratio * gap.square()
+    else:
+        value = difference(ref, old).clamp(max=MAX_LOG_RATIO).exp() - ratio * (gap + 1.0)
+    return torch.where(usable, value, 0.0)
+
+
+def times_ratio(values: Tensor, log_ratio: Tensor) -> Tensor:
+    """``values * e^log_ratio`` per token, 0 where the ratio lies above e^80."""
+    usable = log_ratio <= MAX_LOG_RATIO
+    return torch.where(usable, values * torch.where(usable, log_ratio, 0.0).exp(), 0.0)
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, ceiling: float = math.inf) -> Tensor:
     """``-min(min(r, ceiling) A, clip(r, low, high) A)`` per token."""
-    return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
+    if ceiling < high:
+        return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
+    free = (ratio if ceiling == math.inf else ratio.clamp(max=ceiling)) * advantage
+    # high A where A > 0, low A where A < 0
+    bound = torch.maximum(low * advantage, high * advantage)
+    return -torch.where(bound < free, bound, free)
 
 
 def reinforce(weight: Tensor, logp: Tensor, batch: Batch, shift: float = 0.0) -> Tensor:
@@ -129,7 +168,7 @@ def weighted(values: Tensor, weight: Tensor) -> Tensor:
 
 def bounded(values: Tensor, limit: float) -> Tensor:
     """Clamp to +-limit; unlike ``clamp``, whose gradient hides a NaN, this keeps it."""
-    return torch.where(values.abs() > limit, values.sign() * limit, values)
+    return torch.where(values.abs() > limit, values.detach().clamp(-limit, limit), values)
 
 
 def bounded_exp(values: Tensor, limit: float = MAX_EXPONENT) -> Tensor:

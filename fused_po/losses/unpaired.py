@@ -89,7 +89,7 @@ class UnpairedLoss(Loss):
         return c.abs() * batch.num_sequences / (self.beta or 1.0)
 
     def pattern(self, batch: Batch) -> Tensor | None:
-        return torch.ones_like(batch.chosen, dtype=torch.float32)
+        return torch.ones_like(batch.chosen, dtype=torch.float64)
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         desirable = _desirable(batch)

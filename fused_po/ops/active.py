@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_po.ops.devices import has_values
 from fused_po.ops.planning import Rows
 
 __all__ = ["Arranged", "host_mask"]
@@ -14,7 +15,7 @@ __all__ = ["Arranged", "host_mask"]
 
 def host_mask(silent: Tensor | None, may_wait: bool) -> Tensor | None:
     """The silent rows (N,) on the host, or None where there are none, or where looking would wait for a GPU."""
-    if silent is None or torch.compiler.is_compiling() or (silent.is_cuda and not may_wait):
+    if silent is None or torch.compiler.is_compiling() or not has_values(silent) or (silent.is_cuda and not may_wait):
         return None
     found = silent.cpu()
     return found if bool(found.any()) else None
@@ -43,7 +44,7 @@ class Arranged:
         if mine is None or not bool(mine.any()):
             return Arranged(rows, None, None, rows.count)
         order = torch.cat([(~mine).nonzero(), mine.nonzero()]).squeeze(1)
-        places = torch.cat([torch.arange(start, stop) for start, stop in rows.ranges])[order]
+        places = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in rows.ranges])[order]
         order, planned = order.to(device, non_blocking=True), places.to(device, non_blocking=True)
         positions = planned if rows.positions is None else rows.positions.index_select(0, planned)
         active = rows.count - int(mine.sum())

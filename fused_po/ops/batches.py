@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fused_po.losses.batch import PER_SEQUENCE, SCALAR, SPREAD, SUMMED, TOKEN_FLAGS, Batch
-from fused_po.ops.checks import IGNORE, looks_at, require_number, require_real, same_device
+from fused_po.ops.checks import (
+    IGNORE,
+    check_cu_seqlens,
+    looks_at,
+    require_number,
+    require_real,
+    require_said,
+    same_device,
+)
 from fused_po.ops.planning import Chunk, Plan, Rows
 from fused_po.stats import Stats
 
@@ -27,6 +35,7 @@ class Layout:
         rows: all planned rows.
         row_labels: (N,) labels of the rows.
         segments: (B,) rows of each sequence.
+        lengths: the same on the host.
         sequence_of: (N,) the sequence of each row.
         mask: (N,) True where a row carries loss; None where all do.
     """
@@ -35,16 +44,18 @@ class Layout:
     rows: Rows
     row_labels: Tensor  # (N,)
     segments: Tensor  # (B,)
+    lengths: tuple[int, ...]
     sequence_of: Tensor  # (N,)
     mask: Tensor | None  # (N,)
 
     @staticmethod
-    def of(labels: Tensor, plan: Plan) -> Layout:
-        """Lay out labels by a plan.
+    def of(labels: Tensor, plan: Plan, cu_seqlens: Tensor | None = None) -> Layout:
+        """Lay out labels by a plan, which must agree with ``cu_seqlens`` where these are given beside it.
 
         Raises:
-            ValueError: a plan of other labels; that other positions carry loss is noticed on a CPU, or with
-            ``FUSED_PO_CHECK=1``.
+            ValueError: a plan of other labels or sequences; that other positions carry loss is noticed on a CPU, or
+                with ``FUSED_PO_CHECK=1``, and so are other boundaries of as many sequences, unless all labels carry
+                loss and ``cu_seqlens`` is on the CPU.
         """
         if plan.positions != labels.numel() or plan.segments.device != labels.device:
             raise ValueError(
@@ -64,7 +75,9 @@ class Layout:
             moved = bool((row_labels == IGNORE).any()) or int(kept.sum()) != count
             if moved or (labels.ndim == 2 and not torch.equal(kept.sum(1), segments)):
                 raise ValueError("the plan is of labels with other loss tokens")
-        return Layout(labels, rows, row_labels, segments, sequence_of, mask)
+        if cu_seqlens is not None:
+            _check_bounds(cu_seqlens, labels, plan)
+        return Layout(labels, rows, row_labels, segments, plan.lengths, sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
         """Row values (N,) in the shape of labels, 0 where there is no loss; differentiable."""
@@ -82,6 +95,7 @@ def call_batch(
     num_items: Number | None,
     num_sequences: Number | None,
     dtype: torch.dtype,
+    num_chosen_items: Number | None = None,
 ) -> Batch:
     """The batch of the whole call.
 
@@ -91,6 +105,7 @@ def call_batch(
         num_items: number of loss tokens to normalise by; None counts those of the call.
         num_sequences: number of sequences to normalise by; None counts those of the call.
         dtype: of side inputs per token; those per sequence become float64.
+        num_chosen_items: number of loss tokens of chosen answers to normalise by; None counts those of the call.
 
     Raises:
         ValueError: a side input of another shape, dtype or device than its name allows.
@@ -102,14 +117,17 @@ def call_batch(
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
     sequences = _normaliser("num_sequences", max(count, 1) if num_sequences is None else num_sequences, device)
     share = sequences / max(count, 1)
+    chosen_tokens = lengths[: count // 2].sum().clamp_min(1) * share
+    if num_chosen_items is not None:
+        chosen_tokens = _normaliser("num_chosen_items", num_chosen_items, device)
     per_token: dict[str, Tensor] = {}
     per_sequence: dict[str, Tensor] = {}
     scalars: dict[str, Tensor] = {}
     for name, value in side_inputs.items():
-        tensor = _side_input(name, value, layout, count)
+        tensor, by_token = _side_input(name, value, layout)
         if name in SCALAR:
             scalars[name] = tensor.double()
-        elif tensor.shape == layout.labels.shape and name not in PER_SEQUENCE:
+        elif by_token:
             rows = layout.rows.gather(tensor.reshape(-1))
             rows = rows if name in TOKEN_FLAGS else rows.to(dtype)
             # what stands at masked positions must not reach a sum, not even as 0 * nan
@@ -129,7 +147,7 @@ def call_batch(
         num_sequences=sequences,
         num_pairs=sequences / 2,
         num_call_tokens=lengths.sum().clamp_min(1) * share,
-        num_chosen_tokens=lengths[: count // 2].sum().clamp_min(1) * share,
+        num_chosen_tokens=chosen_tokens,
         mask=layout.mask,
         per_token=per_token,
         per_sequence=per_sequence,
@@ -164,46 +182,80 @@ def masked_stats(stats: Stats, mask: Tensor | None) -> Stats:
     return Stats(**{name: torch.where(mask, v, torch.zeros_like(v)) for name, v in stats.present().items()})
 
 
-def _side_input(name: str, value: Number, layout: Layout, count: int) -> Tensor:
-    labels = layout.labels
+def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
+    """Raise ValueError where a plan is of other sequences than ``cu_seqlens``."""
+    if cu_seqlens.numel() != len(plan.lengths) + 1:
+        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
+    if looks_at(labels):
+        bounds = check_cu_seqlens(cu_seqlens, labels.numel())
+        before = torch.nn.functional.pad((labels.cpu() != IGNORE).cumsum(0), (1, 0))
+        lengths = before[bounds].diff()
+    elif cu_seqlens.device.type == "cpu" and plan.rows is None and not torch.compiler.is_compiling():
+        lengths = check_cu_seqlens(cu_seqlens, labels.numel()).diff()
+    else:
+        return
+    if lengths.tolist() != list(plan.lengths):
+        raise ValueError(
+            f"the plan is of other sequences than cu_seqlens, of {list(plan.lengths)[:8]} loss tokens: got "
+            f"{lengths.tolist()[:8]}"
+        )
+
+
+def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]:
+    """A side input in the shape that it is read in, and whether it is one per token, in the shape of labels."""
+    labels, count = layout.labels, layout.segments.shape[0]
     if not isinstance(value, Tensor):
         if name in SCALAR and isinstance(value, (int, float)):
-            return _number(value, labels.device)
+            return _number(value, labels.device), False
         raise ValueError(f"{name} must be a tensor: got {type(value).__name__}")
     same_device(labels, **{name: value})
-    wanted: Sequence[tuple[int, ...]]
-    if name in SCALAR:
-        wanted = [()]
-        # a one-element vector is what a mean with keepdim leaves
-        value = value.reshape(()) if value.numel() == 1 else value
-    elif name in PER_SEQUENCE or name in TOKEN_FLAGS:
-        wanted = [(count,) if name in PER_SEQUENCE else tuple(labels.shape)]
+    if name in PER_SEQUENCE or name in TOKEN_FLAGS:
         if value.dtype != torch.bool:
             raise ValueError(f"{name} must be bool: got {value.dtype}")
     else:
-        wanted = [(count,), tuple(labels.shape)]
         require_real(**{name: value})
-    if tuple(value.shape) not in wanted:
-        shapes = " or ".join(str(shape) for shape in dict.fromkeys(wanted))
+    if name in SCALAR:
+        # a one-element vector is what a mean with keepdim leaves
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have shape (): got {tuple(value.shape)}")
+        return value.detach().reshape(()), False
+    shapes: dict[bool, tuple[int, ...]] = {} if name in TOKEN_FLAGS else {False: (count,)}
+    shapes |= {} if name in PER_SEQUENCE else {True: tuple(labels.shape)}
+    found = [by_token for by_token, shape in shapes.items() if tuple(value.shape) == shape]
+    # what packed labels leave to a guess where there are as many tokens as sequences can be said by the shape
+    if not found and labels.ndim == 1:
+        said = {False: (count, 1), True: (1, labels.shape[0])}
+        found = [by_token for by_token in shapes if tuple(value.shape) == said[by_token]]
+        value = value.reshape(shapes[found[0]]) if found else value
+    if not found:
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes.values()))
         meaning = " (the sum over its loss tokens, or per token)" if name in SUMMED else ""
-        raise ValueError(f"{name} must have shape {shapes}{meaning}: got {tuple(value.shape)}")
-    return value.detach()
+        raise ValueError(f"{name} must have shape {wanted}{meaning}: got {tuple(value.shape)}")
+    if len(found) == 2:
+        # one and the same where each sequence is one token; both readings of a value that is spread are there then
+        require_said(name, count, layout.lengths)
+        found = [name in SUMMED]
+    return value.detach(), found[0]
 
 
 def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
-    """What a loss divides by, (); a tensor is not looked at, and counts as 1 where it is 0."""
-    if not isinstance(value, Tensor):
+    """What a loss divides by, (); a tensor of 0 counts as 1, and one of a GPU that is no count makes the loss NaN."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number: got shape {tuple(value.shape)}")
+        require_real(**{name: value})
+        legal = not looks_at(value) or 0 <= value.item() < float("inf")
+    else:
         require_number(name, value)
-    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
+        legal = 0 < value < float("inf")
+    if not legal:
         raise ValueError(f"{name} must be above 0: got {value}")
     found = _number(value, device)
-    return torch.where(found > 0, found, 1.0)
+    return torch.where(found == 0, 1.0, torch.where((found > 0) & found.isfinite(), found, torch.nan))
 
 
 def _number(value: Number, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"a normaliser must be one number: got shape {tuple(value.shape)}")
         if value.device == device or torch.compiler.is_compiling():
             return value.detach().reshape(()).double().to(device)
         if value.device.type != "cpu":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_po.distributed import Shard
+from fused_po.ops.active import Arranged
 from fused_po.ops.batches import Layout
 from fused_po.ops.checks import (
     check_head,
@@ -21,17 +22,21 @@ from fused_po.ops.checks import (
     require_tensors,
     row_temperatures,
 )
+from fused_po.ops.devices import stands_for
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
 from fused_po.ops.planning import Plan, blind, default_plan
+from fused_po.ops.sizes import Sizes
+from fused_po.ops.tokens import Tokens
 
-__all__ = ["HeadCall", "prepare"]
+__all__ = ["HeadCall", "prepare", "whole"]
 
 GIB = 1 << 30
 DEFAULT_SCRATCH_BYTES = {"cpu": 96 * GIB // 1024}
 
 
-def _whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+def whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
+    """A context for a head that is whole already."""
     return nullcontext()
 
 
@@ -52,7 +57,7 @@ class HeadCall:
     max_dropped_mass: float = 0.0
     shard: Shard | None = None
     # a context in which a sharded head is whole, of its weight and bias
-    gather: Callable[..., AbstractContextManager[Any]] = _whole
+    gather: Callable[..., AbstractContextManager[Any]] = whole
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head as the sweep sees it."""
@@ -71,6 +76,21 @@ class HeadCall:
 
     def wanting(self, wanted: Wanted) -> HeadCall:
         return replace(self, wanted=wanted)
+
+    def sizes(self, head: Head) -> Sizes:
+        """What the route of the call follows from."""
+        return Sizes.of(head, self.wanted, self.scratch_bytes)
+
+    def tokens(
+        self, head: Head, hidden: Tensor, labels: Tensor, temperatures: Tensor | None, arranged: Arranged
+    ) -> Tokens:
+        """The arranged rows, of labels and temperatures (N,) in planned order."""
+        temperatures = None if temperatures is None else arranged.take(temperatures)
+        return Tokens(head, hidden, arranged.take(labels), temperatures, arranged.rows, self.plan.masked)
+
+    def covers(self, arranged: Arranged) -> bool:
+        """The active rows are all positions."""
+        return self.plan.rows is None and arranged.active == self.plan.count
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ def prepare(
     if cu_seqlens is not None and labels.ndim != 1:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
-        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(hidden.device.type, GIB)
+        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(stands_for(hidden), GIB)
     require_number("scratch_bytes", scratch_bytes, whole=True)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
@@ -133,14 +153,14 @@ def prepare(
     may_wait = plan is None and not blind(labels)
     if plan is None:
         plan = default_plan(labels, cu_seqlens)
-    elif cu_seqlens is not None and cu_seqlens.numel() != len(plan.lengths) + 1:
-        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
-    layout = Layout.of(labels, plan)
+        layout = Layout.of(labels, plan)
+    else:
+        layout = Layout.of(labels, plan, cu_seqlens)
     dtype = compute_dtype(hidden)
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
-    temperatures = row_temperatures(temperature, labels, spread, wide)
+    temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths)
     call = HeadCall(
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         None if softcap is None else float(softcap),

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fused_po.ops.devices import has_values
 from fused_po.stats import STATISTICS
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "looks_at",
     "require_number",
     "require_real",
+    "require_said",
     "require_tensors",
     "row_temperatures",
 ]
@@ -78,6 +80,19 @@ def require_real(**given: Tensor) -> None:
     for name, tensor in given.items():
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"{name} must hold real numbers: got {tensor.dtype}")
+
+
+def require_said(name: str, count: int, lengths: Sequence[int]) -> None:
+    """Raise ValueError for (``count``,) values of as many packed tokens as sequences: of which, only a shape can say.
+
+    Args:
+        lengths: loss tokens of each sequence; where all have one, both readings are the same.
+    """
+    if count > 1 and any(length != 1 for length in lengths):
+        raise ValueError(
+            f"{name} may be one per sequence or one per token, {count} of each: give it as {(count, 1)} for one per "
+            f"sequence, or as {(1, count)} for one per token"
+        )
 
 
 def same_device(hidden: Tensor, **others: Tensor | None) -> None:
@@ -146,7 +161,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
         ValueError: not a 1-D integer tensor from 0 to ``count`` that never decreases.
     """
     if cu_seqlens is None:
-        return torch.tensor([0, count])
+        return torch.tensor([0, count], device="cpu")
     require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor: got {_shape(cu_seqlens)} {cu_seqlens.dtype}")
@@ -157,7 +172,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
 
 
 def row_temperatures(
-    temperature: float | Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype
+    temperature: float | Tensor,
+    labels: Tensor,
+    spread: Tensor | None,
+    dtype: torch.dtype,
+    lengths: Sequence[int] = (),
 ) -> Tensor | None:
     """Temperatures per position, flat, in ``dtype``; None where the temperature is one number for all.
 
@@ -165,13 +184,15 @@ def row_temperatures(
         temperature: a number, a 0-dimensional tensor, (B,), or the shape of labels.
         labels: (B, S) or (N,).
         spread: for packed labels, the sequence that each position belongs to (N,); None without packing.
+        lengths: loss tokens of each sequence, where they are known.
 
     Raises:
-        ValueError: any other shape; on a CPU, or with ``FUSED_PO_CHECK=1``, a value that is not positive.
+        ValueError: any other shape, or (B,) of packed labels where that may be one per token; on a CPU, or with
+            ``FUSED_PO_CHECK=1``, a value that is not positive.
     """
     if not isinstance(temperature, Tensor):
         return None
-    found = _spread_temperatures(temperature, labels, spread, dtype)
+    found = _spread_temperatures(temperature, labels, spread, dtype, lengths)
     if looks_at(labels):
         read = found[labels.reshape(-1) != IGNORE]
         if not bool(((read > 0) & read.isfinite()).all()):
@@ -179,13 +200,21 @@ def row_temperatures(
     return found
 
 
-def _spread_temperatures(temperature: Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _spread_temperatures(
+    temperature: Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype, lengths: Sequence[int]
+) -> Tensor:
     same_device(labels, temperature=temperature)
     require_real(temperature=temperature)
     values = temperature.detach().to(dtype)
     if values.ndim == 0:
         return values.expand(labels.numel()).contiguous()
+    if labels.ndim == 1 and values.shape == (1, labels.shape[0]):
+        return values.reshape(-1)
+    if labels.ndim == 1 and spread is not None and values.ndim == 2 and values.shape[1] == 1:
+        return values.reshape(-1).index_select(0, spread)
     if values.shape == labels.shape:
+        if labels.ndim == 1 and len(lengths) == labels.shape[0]:
+            require_said("temperature", len(lengths), lengths)
         return values.reshape(-1)
     if labels.ndim == 2 and values.shape == labels.shape[:1]:
         return values.unsqueeze(1).expand(labels.shape).reshape(-1)
@@ -199,7 +228,7 @@ def _spread_temperatures(temperature: Tensor, labels: Tensor, spread: Tensor | N
 def looks_at(tensor: Tensor) -> bool:
     """Values are looked at where that costs no wait, or where it was asked for."""
     asked = tensor.device.type == "cpu" or os.environ.get("FUSED_PO_CHECK") == "1"
-    return asked and not torch.compiler.is_compiling() and tensor.numel() > 0
+    return asked and has_values(tensor) and not torch.compiler.is_compiling() and tensor.numel() > 0
 
 
 def _shape(tensor: Tensor) -> str:

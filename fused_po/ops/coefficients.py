@@ -32,19 +32,19 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
     """
     if split is None:
         value, found = _derivatives(lambda terms: terms, loss, stats, batch)
-        return value, Coefficients(**found)
+        return value, Coefficients(**{name: _narrowed(c, getattr(stats, name).dtype) for name, c in found.items()})
     assert stats.logp is not None
     value = stats.logp.new_zeros((), dtype=torch.float64)
     summed: dict[str, Tensor] = {}
     for factor, part in loss.parts:
         rest_value, rest = _derivatives(partial(_terms, part.sided, False), part, stats, batch)
         sided_value, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
-        c = sided["logp"].double()
-        sided["logp"] = split(c, part.role(batch), part.weight(c, batch), batch, part).to(c.dtype)
+        c = sided["logp"]
+        sided["logp"] = split(c, part.role(batch), part.weight(c, batch), batch, part)
         value = value + factor * (rest_value + sided_value)
         for name in sided:
             summed[name] = summed.get(name, 0.0) + factor * (sided[name] + rest[name])
-    return value, Coefficients(**{name: c.to(stats.logp.dtype) for name, c in summed.items()})
+    return value, Coefficients(**{name: _narrowed(c, stats.logp.dtype) for name, c in summed.items()})
 
 
 def loss_value(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
@@ -59,7 +59,7 @@ def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
     found = torch.zeros_like(batch.token_lengths, dtype=torch.float64)
     for factor, part in loss.parts:
         _, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
-        found = found + factor * sided["logp"].double()
+        found = found + factor * sided["logp"]
     return found
 
 
@@ -91,14 +91,18 @@ def _terms(sided: frozenset[str], wanted: bool, terms: dict[str, Tensor]) -> dic
 def _derivatives(
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]], loss: Loss, stats: Stats, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the selected terms, and its derivatives in the statistics that the loss differentiates."""
+    """The sum of the selected terms, and its derivatives in the statistics that the loss differentiates.
+
+    Both in float64: where a loss reads a statistic twice, large parts of its derivative that cancel must not be rounded
+    before they meet.
+    """
 
     def value(inputs: dict[str, Tensor]) -> Tensor:
         terms = select(loss(replace(stats, **inputs), batch))
         # no term: zero, and connected to the inputs
         return total(terms or {name: 0.0 * field.double().sum() for name, field in inputs.items()})
 
-    inputs = {name: getattr(stats, name) for name in loss.differentiates}
+    inputs = {name: getattr(stats, name).double() for name in loss.differentiates}
     if torch.compiler.is_compiling():
         # traces inside an autograd.Function, which torch.autograd.grad does not
         gradients, result = torch.func.grad_and_value(value)(inputs)
@@ -109,6 +113,12 @@ def _derivatives(
         result = value(leaves)
         found = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)
     return result.detach(), dict(zip(leaves, found, strict=True))
+
+
+def _narrowed(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, at most its largest number: infinity times the 0 of a gradient tile is NaN."""
+    largest = torch.finfo(dtype).max
+    return c.clamp(-largest, largest).to(dtype)
 
 
 def _same(tensor: Tensor) -> Tensor:

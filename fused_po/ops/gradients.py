@@ -1,4 +1,4 @@
-"""Accumulators of the gradients of hidden states, weight and bias."""
+"""The gradients of hidden states, weight and bias while they are made."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_po.kernels import library
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.head import Head
 
-__all__ = ["Gradients", "Wanted", "storage_dtype"]
+__all__ = ["Gradients", "Wanted", "scaled", "storage_dtype"]
 
 
 @dataclass(frozen=True)
@@ -37,77 +38,127 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Gradients:
-    """dH, dW and db while they accumulate; one that is not wanted is None.
+    """dH, dW and db.
 
     In float16 everything V-sized runs on coefficients divided by a power of two near their largest (at c near 1e-6
     the error of dW falls from 1.7e-2 to 2.3e-4); other dtypes have float32's range and need no scale.
 
+    Args:
+        wanted: which of them.
+        hidden: the hidden states, (N, H) or (B, S, H).
+        head: the head.
+        stored: dtype of the weight, of which the head may hold a copy in another.
+        parts: dW and db come in so many parts, whose sum they are.
+        accumulate: several products add to dW, in the accumulation dtype; False: each of its elements is written
+            once, in the dtype of the weight.
+        covered: all of dH will be written, so that it need not be zeroed.
+
     Attributes:
-        hidden: (positions, H) in ``storage_dtype``.
-        weights: one (V, H) per part in the accumulation dtype, whose sum is dW; none where dW is not wanted.
-        biases: one (V,) per part likewise.
+        hidden: (positions, H), or None.
+        weights: one (V, H) per part; none where dW is not wanted.
+        biases: one (V,) per part in the accumulation dtype likewise.
+        started: products have been written to ``weights``, which hold anything before.
+        scale: what ``weights`` and ``biases`` lack, (); None: nothing.
     """
 
-    def __init__(self, wanted: Wanted, hidden: Tensor, head: Head, parts: int = 1) -> None:
-        wide, weight = head.accumulation_dtype, head.weight
-        self.parts = parts
-        positions = (hidden.shape[:-1].numel(), hidden.shape[-1])
-        self.hidden = hidden.new_zeros(positions, dtype=storage_dtype(hidden.dtype)) if wanted.hidden else None
-        self.weights = [weight.new_zeros(weight.shape, dtype=wide) for _ in range(parts if wanted.weight else 0)]
-        self.biases = [weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
-        self._scale = weight.new_zeros((), dtype=wide) if head.compute_dtype == torch.float16 else None
-
-    def add_head(
+    def __init__(
         self,
+        wanted: Wanted,
+        hidden: Tensor,
         head: Head,
-        tile: Tensor,
-        rows: Tensor | None,
-        scalar: Tensor | None,
-        groups: Tensor | None,
-        kept: Tensor | None = None,
+        stored: torch.dtype,
+        parts: int = 1,
+        *,
+        accumulate: bool = True,
+        covered: bool = False,
     ) -> None:
-        """GEMM 3 of a gradient tile (R, V), each row into its part.
+        self._wanted, self._like, self._head, self._covered = wanted, hidden, head, covered
+        self.parts, self.accumulate = parts, accumulate or bool(head.max_dropped_mass)
+        wide = head.accumulation_dtype
+        self.stored = wide if self.accumulate else stored
+        self.hidden: Tensor | None = None
+        self.weights: list[Tensor] = []
+        self.biases = [head.weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
+        self.started = False
+        self.scale: Tensor | None = None
 
-        Args:
-            rows: (R, H), hidden states times the coefficient that is not in the tile; None where dW is not wanted.
-            scalar: (R,), that coefficient; None: all 1.
-            groups: (R,) int64, the part of each row; None: all in the first.
-            kept: the blocks of the tile that count for dW; None: all. Not together with groups.
-        """
-        for part in range(self.parts):
-            own = slice(None) if groups is None else (groups == part).nonzero().squeeze(1)
-            mine = tile if isinstance(own, slice) else tile.index_select(0, own)
-            if not mine.shape[0]:
-                continue
-            if self.weights and rows is not None:
-                head.add_weight_grad(self.weights[part], mine, rows[own], kept)
-            if self.biases:
-                head.add_bias_grad(self.biases[part], mine, None if scalar is None else scalar[own])
+    @property
+    def hidden_wanted(self) -> bool:
+        """dH is wanted."""
+        return self._wanted.hidden
+
+    @property
+    def weight(self) -> bool:
+        """dW is wanted."""
+        return self._wanted.weight
+
+    def place_hidden(self) -> Tensor:
+        """dH, made where it is first asked for."""
+        if self.hidden is None:
+            shape = (self._like.shape[:-1].numel(), self._like.shape[-1])
+            make = self._like.new_empty if self._covered else self._like.new_zeros
+            self.hidden = make(shape, dtype=storage_dtype(self._like.dtype))
+        return self.hidden
+
+    def place_weights(self) -> list[Tensor]:
+        """dW by parts, made where it is first asked for."""
+        if not self.weights and self._wanted.weight:
+            head = self._head
+            # blocks that are left out write nothing
+            make = head.weight.new_zeros if head.max_dropped_mass else head.weight.new_empty
+            self.started = bool(head.max_dropped_mass)
+            self.weights = [make(head.weight.shape, dtype=self.stored) for _ in range(self.parts)]
+        return self.weights
 
     def normalised(self, coefficients: Coefficients) -> Coefficients:
         """The coefficients (R,) over the scale, which first grows to hold them."""
         given = [c for c in coefficients if c is not None and c.numel()]
-        if self._scale is None or not given:
+        if self._head.compute_dtype != torch.float16 or not given:
             return coefficients
         top = torch.stack([c.abs().amax() for c in given]).amax()
         power = torch.exp2(torch.log2(top).ceil())
-        grown = torch.where(power.isfinite(), power, self._scale).maximum(self._scale)
+        before = torch.zeros_like(top) if self.scale is None else self.scale
+        grown = torch.where(power.isfinite(), power, before).maximum(before)
         safe = torch.where(grown > 0, grown, 1.0)
-        for grad in (*self.weights, *self.biases):
-            grad.mul_(self._scale / safe)
-        self._scale = grown
+        if self.scale is not None:
+            for grad in (*(self.weights if self.started else ()), *self.biases):
+                library.scale(grad, before / safe)
+        self.scale = grown
         return Coefficients(*(None if c is None else c / safe for c in coefficients))
 
-    def restored(self, product: Tensor) -> Tensor:
-        """A product of normalised coefficients, in place, without the normalisation."""
-        return product if self._scale is None else product.mul_(self._scale)
-
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dH, dW, db. With several parts the sums are new memory and the parts stay as they are."""
-        if self._scale is not None:
-            for grad in (*self.weights, *self.biases):
-                grad.mul_(self._scale)
+        """dH, dW, db, the last two without ``scale``; what was never written is 0. With several parts the sums are new
+        memory and the parts stay as they are.
+        """
+        if self._wanted.hidden and self.hidden is None:
+            self._covered = False
+            self.place_hidden()
+        for grad in self.place_weights():
+            if not self.started:
+                grad.zero_()
         return self.hidden, _sum(self.weights), _sum(self.biases)
+
+    def in_dtypes(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
+        """``finish`` with nothing left to multiply, in these dtypes."""
+        d_hidden, d_weight, d_bias = self.finish()
+        found = [None if d_hidden is None or dtypes[0] is None else d_hidden.to(dtypes[0])]
+        for grad, dtype, lacks in ((d_weight, dtypes[1], self.accumulate), (d_bias, dtypes[2], True)):
+            if self.scale is not None and lacks:
+                found.append(scaled(grad, self.scale, dtype))
+            else:
+                found.append(None if grad is None or dtype is None else grad.to(dtype))
+        return tuple(found)
+
+
+def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient times a number (), in the dtype of its parameter; in place where it has that already."""
+    if grad is None or dtype is None:
+        return None
+    if grad.dtype == dtype or grad.device.type == "cpu":
+        # on a CPU ``out`` of another dtype costs a buffer as large as the gradient
+        library.scale(grad, factor)
+        return grad.to(dtype)
+    return torch.mul(grad, factor, out=grad.new_empty(grad.shape, dtype=dtype))
 
 
 def _sum(parts: list[Tensor]) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_po.distributed import Shard
 from fused_po.kernels.blocks import block_mm, block_mm_t, choose
 from fused_po.kernels.contract import Span, Transform, accumulation_dtype
+from fused_po.ops.devices import stands_for
 
 __all__ = ["Head", "compute_dtype"]
 
@@ -21,9 +22,9 @@ _HALF = (torch.float16, torch.bfloat16)
 class Head:
     """``x = h W^T + b`` and what turns x into logits.
 
-    Operands are rounded to the compute dtype, products accumulate and come out in the accumulation dtype (float32, or
-    float64 for float64): on a GPU through ``out_dtype``, on a CPU by widening the rounded operands. A weight that is
-    stored in another dtype is cast slice by slice of the vocabulary, never as a whole.
+    Operands are rounded to the compute dtype, products accumulate in the accumulation dtype (float32, or float64 for
+    float64) and come out in it or in that of the tensor they are written to: on a GPU through ``out_dtype``, on a CPU
+    by widening the rounded operands. Each method works on a slice of the vocabulary, ``columns`` of a tile.
 
     Attributes:
         weight: (V, H).
@@ -56,68 +57,98 @@ class Head:
         """Of the whole vocabulary."""
         return self.columns if self.shard is None else self.shard.classes
 
-    @property
-    def span(self) -> Span:
-        """The classes that the columns stand for."""
-        return Span(0, self.columns) if self.shard is None else self.shard.span
+    def span(self, columns: slice) -> Span:
+        """The classes that some columns stand for; those behind ``stop`` are padding."""
+        whole = Span(0, self.columns) if self.shard is None else self.shard.span
+        first = min(whole.start + columns.start, whole.stop)
+        return Span(first, min(whole.start + columns.stop, whole.stop))
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.compute_dtype)
 
+    @property
+    def casts(self) -> bool:
+        """The weight is stored in another dtype than the products take."""
+        return self.weight.dtype != self._math_dtype
+
+    @property
+    def copies(self) -> bool:
+        """A copy of the weight in the compute dtype would spare casts: not where products widen their operands."""
+        return self.weight.dtype != self.compute_dtype == self._math_dtype
+
+    def copied(self, copy: Tensor | None = None) -> Head:
+        """The head with its weight cast once and as a whole, where that spares casts; ``copy``: made before."""
+        if copy is None:
+            copy = self.weight.to(self.compute_dtype) if self.copies else self.weight
+        return replace(self, weight=copy)
+
     def transform(self, temperatures: Tensor | None) -> Transform:
         """The logit transform of rows with these temperatures (R,)."""
         return Transform(self.temperature, temperatures, self.softcap, self.logit_scale)
 
-    def logits_into(self, out: Tensor, hidden: Tensor) -> None:
-        """GEMM 1: ``out`` (R, V) <- hidden (R, H) W^T + b, in the accumulation dtype."""
+    def every(self) -> slice:
+        """All columns."""
+        return slice(0, self.columns)
+
+    def logits_into(self, out: Tensor, hidden: Tensor, columns: slice) -> None:
+        """GEMM 1: ``out`` (R, columns) <- hidden (R, H) W^T + b, in the accumulation dtype."""
         hidden = self._operand(hidden)
-        for columns, weight in self._slices(hidden.shape[0]):
-            self._matmul_into(out[:, columns], hidden, weight.t())
+        for part, weight in self._slices(columns, hidden.shape[0]):
+            self._product_into(_of(out, part, columns), hidden, weight.t())
         if self.bias is not None:
-            out.add_(self.bias)
+            out.add_(self.bias[columns])
 
     def kept_blocks(self, tile: Tensor) -> Tensor | None:
-        """Which blocks of a gradient tile (R, V) count, see ``kernels.blocks``; None: all."""
+        """Which blocks of a gradient tile (R, v) count, see ``kernels.blocks``; None: all."""
         return choose(tile, self.max_dropped_mass, self.backend) if self.max_dropped_mass else None
 
-    def hidden_grad(self, tile: Tensor, kept: Tensor | None = None) -> Tensor:
-        """GEMM 2: tile (R, V) W -> (R, H) in the accumulation dtype, over the whole vocabulary."""
-        product = self._product(tile) if kept is None else self._kept_product(tile, kept)
-        return product if self.shard is None else self.shard.summed(product)
-
-    def _kept_product(self, tile: Tensor, kept: Tensor) -> Tensor:
-        return block_mm(tile, self.weight, kept, self.accumulation_dtype, self.backend)
-
-    def _product(self, tile: Tensor) -> Tensor:
-        result: Tensor | None = None
-        for columns, weight in self._slices(tile.shape[0]):
-            operand = self._operand(tile[:, columns])
-            if result is None:
-                result = tile.new_empty((tile.shape[0], weight.shape[1]), dtype=self.accumulation_dtype)
-                self._matmul_into(result, operand, weight)
-            else:
-                self._matmul_add(result, operand, weight)
-        assert result is not None
-        return result
-
-    def add_weight_grad(self, grad: Tensor, tile: Tensor, rows: Tensor, kept: Tensor | None = None) -> None:
-        """GEMM 3: grad (V, H) += tile^T (V, R) rows (R, H), in the accumulation dtype."""
+    def hidden_grad(
+        self, out: Tensor | None, tile: Tensor, columns: slice, kept: Tensor | None = None, into: Tensor | None = None
+    ) -> Tensor:
+        """GEMM 2: ``out`` + tile (R, columns) W -> (R, H) in the accumulation dtype; ``out``, which is written to, None
+        starts at 0, in ``into`` where that is given.
+        """
         if kept is not None:
-            block_mm_t(tile, rows.to(self.compute_dtype), kept, grad, self.backend)
+            product = block_mm(tile, self.weight[columns], kept, self.accumulation_dtype, self.backend)
+            return product if out is None else out.add_(product)
+        for part, weight in self._slices(columns, tile.shape[0]):
+            operand = self._operand(_of(tile, part, columns))
+            if out is None:
+                shape = (tile.shape[0], weight.shape[1])
+                out = tile.new_empty(shape, dtype=self.accumulation_dtype) if into is None else into
+                self._product_into(out, operand, weight)
+            else:
+                self._add_product(out, operand, weight)
+        assert out is not None
+        return out
+
+    def weight_grad(self, out: Tensor, tile: Tensor, rows: Tensor, *, add: bool, kept: Tensor | None = None) -> None:
+        """GEMM 3: ``out`` (v, H) <- or += tile^T (v, R) rows (R, H).
+
+        Args:
+            out: in the accumulation dtype, or, where nothing is added, in the compute dtype.
+            kept: blocks of the tile that count; None: all. Only together with ``add``.
+        """
+        if kept is not None:
+            block_mm_t(tile, rows.to(self.compute_dtype), kept, out, self.backend)
             return
         rows = self._operand(rows)
-        for columns in self._columns(self._math_dtype != tile.dtype, tile.shape[0]):
-            self._matmul_add(grad[columns], self._operand(tile[:, columns]).t(), rows)
-
-    def add_bias_grad(self, grad: Tensor, tile: Tensor, coefficient: Tensor | None) -> None:
-        """grad (V,) += tile^T coefficient, with coefficient (R,) or all ones."""
-        for columns in self._columns(grad.dtype != tile.dtype, tile.shape[0]):
-            part = tile[:, columns].to(grad.dtype)
-            if coefficient is None:
-                grad[columns] += part.sum(0)
+        for part in self._steps(slice(0, tile.shape[1]), tile.dtype != self._math_dtype, tile.shape[0]):
+            operand = self._operand(tile[:, part]).t()
+            if add:
+                self._add_product(out[part], operand, rows)
             else:
-                grad[columns].addmv_(part.t(), coefficient)
+                self._product_into(out[part], operand, rows)
+
+    def bias_grad(self, out: Tensor, tile: Tensor, coefficient: Tensor | None) -> None:
+        """``out`` (v,) += tile^T (v, R) coefficient, with coefficient (R,) or all ones."""
+        for part in self._steps(slice(0, tile.shape[1]), out.dtype != tile.dtype, tile.shape[0]):
+            operand = tile[:, part].to(out.dtype)
+            if coefficient is None:
+                out[part] += operand.sum(0)
+            else:
+                out[part].addmv_(operand.t(), coefficient)
 
     @property
     def _math_dtype(self) -> torch.dtype:
@@ -128,44 +159,50 @@ class Head:
     def _operand(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.compute_dtype).to(self._math_dtype)
 
-    def _slices(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the product, cast slice by slice where it is stored in another; ``rows`` go
-        through it.
+    def _slices(self, columns: slice, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and their weight in the dtype of the product, cast slice by slice where it is stored in another;
+        ``rows`` go through it.
         """
-        casts = self.weight.dtype != self.compute_dtype or self.compute_dtype != self._math_dtype
-        for columns in self._columns(casts, rows):
-            yield columns, self._operand(self.weight[columns])
+        for part in self._steps(columns, self.casts, rows):
+            yield part, self._operand(self.weight[part])
 
-    def _columns(self, casts: bool, rows: int) -> Iterator[slice]:
-        """Slices of the vocabulary whose weight, and whose columns of ``rows``, are within ``slice_bytes``."""
-        vocab, width = self.weight.shape
-        step = vocab
+    def _steps(self, columns: slice, casts: bool, rows: int) -> Iterator[slice]:
+        """Slices of columns whose weight, and whose part of ``rows``, are within ``slice_bytes``."""
+        step = columns.stop - columns.start
         if casts:
-            step = min(vocab, max(1, self.slice_bytes // (4 * max(1, width, rows))))
-        for first in range(0, vocab, step):
-            yield slice(first, min(first + step, vocab))
+            step = min(step, max(1, self.slice_bytes // (4 * max(1, self.weight.shape[1], rows))))
+        for first in range(columns.start, columns.stop, max(1, step)):
+            yield slice(first, min(first + step, columns.stop))
 
-    def _matmul_into(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        if not out.is_contiguous():
-            # a slice of columns: BLAS writes whole rows
-            part = out.new_empty(out.shape)
-            self._matmul_into(part, a, b)
-            out.copy_(part)
-        elif a.dtype != out.dtype:
-            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-        else:
+    def _product_into(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == out.dtype:
             torch.mm(a, b, out=out)
-
-    def _matmul_add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        if a.dtype != out.dtype:
-            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        elif a.dtype != self.compute_dtype:
+            # operands that were widened for their product
+            out.copy_(a @ b)
+        elif torch.compiler.is_compiling():
+            out.copy_(torch.mm(a, b, out_dtype=out.dtype))
         else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+    def _add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == out.dtype:
             out.addmm_(a, b)
+        elif torch.compiler.is_compiling():
+            # neither torch 2.11 nor 2.13 lowers addmm with an out_dtype
+            out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        else:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+
+
+def _of(tile: Tensor, part: slice, columns: slice) -> Tensor:
+    """The part of a tile of ``columns`` that holds the columns ``part``."""
+    return tile[:, part.start - columns.start : part.stop - columns.start]
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of GEMM operands: that of autocast where it is on, else that of the hidden states."""
-    device = hidden.device.type
+    device = stands_for(hidden)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype

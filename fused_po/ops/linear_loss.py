@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import HORIZONS, Batch, Loss
-from fused_po.ops.active import Arranged, host_mask
-from fused_po.ops.batches import Number, call_batch, chunk_batch, masked_stats
+from fused_po.losses.contract import Batch, Loss
+from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs, require_number
-from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
-from fused_po.ops.gradients import Gradients
-from fused_po.ops.head import Head
-from fused_po.ops.output import THIRDS, LossOutput, SplitGradients, part_names, parts_of
-from fused_po.ops.planning import Chunk, Plan, Rows, cut, steps
-from fused_po.ops.sweep import Budget, Sweep, Workspace
+from fused_po.ops.devices import without_autocast
+from fused_po.ops.gradients import Gradients, scaled
+from fused_po.ops.loss_pass import LossPass
+from fused_po.ops.output import LossOutput, SplitGradients, part_names
+from fused_po.ops.planning import Plan
+from fused_po.ops.sweep import Sweep
+from fused_po.ops.workspace import Workspace
 from fused_po.splits import Split
 from fused_po.stats import STATISTICS, Stats
 
@@ -45,6 +46,7 @@ def linear_loss(
     cu_seqlens: Tensor | None = None,
     num_items: Number | None = None,
     num_sequences: Number | None = None,
+    num_chosen_items: Number | None = None,
     split: Split | None = None,
     split_gradients: bool | str = False,
     max_dropped_mass: float = 0.0,
@@ -54,6 +56,7 @@ def linear_loss(
     process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    gather: Callable[..., AbstractContextManager[Any]] | None = None,
     **side_inputs: Number,
 ) -> LossOutput:
     """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
@@ -77,6 +80,10 @@ def linear_loss(
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
             call.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
+        num_chosen_items: number of loss tokens of the chosen answers to normalise by, for the NLL of ``cpo``, ``orpo``
+            and paired ``sft``; default counted from this call. With the normalisers given, the gradients of
+            micro-batches that keep pairs together add up to that of the whole batch, for every loss whose
+            ``not_additive`` is None.
         split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``); the reported
             loss is not changed by it, its gradient is.
         split_gradients: True also returns the gradients of the positive and the negative part (``.split_gradients``),
@@ -136,10 +143,11 @@ def linear_loss(
     if max_dropped_mass and split_gradients:
         raise ValueError("max_dropped_mass does not go with split_gradients: its parts would not sum to the whole")
     call, layout = replace(ready.call, max_dropped_mass=float(max_dropped_mass)), ready.layout
+    call = call if gather is None else replace(call, gather=gather)
     if call.wanted.any:
         _warn_inside_checkpoint()
     wide = call.head(ready.weight, ready.bias).accumulation_dtype
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
     names = part_names(split_gradients)
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
@@ -149,7 +157,7 @@ def linear_loss(
     with torch.no_grad():
         metrics = loss.metrics(masked_stats(stats, layout.mask), batch)
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
-    parts = SplitGradients.of(names, kept, layout, hidden.shape) if names else None
+    parts = SplitGradients.of(names, kept, layout, hidden.shape, weight.shape[0]) if names else None
     return LossOutput(value, metrics, shaped, parts)
 
 
@@ -171,13 +179,18 @@ class _LinearLoss(torch.autograd.Function):
         asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.dtypes, ctx.shape = tuple(None if t is None else t.dtype for t in (hidden, weight, bias)), hidden.shape
-        with torch.autocast(hidden.device.type, enabled=False):
-            run = _Run(call, call.head(weight, bias), loss, split, names, asked, hidden, labels, temperatures)
+        with without_autocast(hidden):
+            run = LossPass(call, call.head(weight, bias), loss, split, names, asked, hidden, labels, temperatures)
             value, factor, stats = run(batch)
-            gradients = run.gradients.finish()
-            if names:
-                run.keep_parts(kept)
-            ctx.save_for_backward(factor, *gradients)
+            ctx.call, ctx.route, ctx.arranged = call, run.route, None
+            if run.pending is None:
+                gradients = run.gradients.finish()
+                if names:
+                    run.keep_parts(kept)
+                ctx.save_for_backward(factor, run.gradients.scale, *gradients)
+            else:
+                sweep, ctx.arranged, c = run.pending
+                ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, sweep.anchors, c)
         packed = tuple(stats[name] for name in asked)
         ctx.mark_non_differentiable(*packed)
         return value.to(run.head.accumulation_dtype), *packed
@@ -185,147 +198,40 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        # in place: a second backward meets a changed tensor, and autograd raises
-        factor, *gradients = ctx.saved_tensors
-        scale = grad_output * factor
-        found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        _only_once(ctx)
+        found: tuple[Tensor | None, ...]
+        if ctx.arranged is None:
+            factor, scale, *gradients = ctx.saved_tensors
+            of_hidden = grad_output * factor
+            of_head = of_hidden if scale is None else of_hidden * scale
+            factors = (of_hidden, of_head, of_head)
+            found = tuple(scaled(g, f, dtype) for g, f, dtype in zip(gradients, factors, ctx.dtypes, strict=True))
+        else:
+            hidden, weight, bias, labels, temperatures, kept, anchors, c = ctx.saved_tensors
+            call: HeadCall = ctx.call
+            with without_autocast(hidden), call.gather(weight, bias):
+                head = call.head(weight, bias).copied()
+                tokens = call.tokens(head, hidden, labels, temperatures, ctx.arranged)
+                sweep = Sweep(tokens, ctx.route, call.wanted, Workspace(hidden), active=ctx.arranged.active)
+                sweep.kept, sweep.anchors = kept, anchors
+                covered = call.covers(ctx.arranged)
+                gradients = Gradients(call.wanted, hidden, head, weight.dtype, accumulate=False, covered=covered)
+                sweep.backward(Coefficients(c * grad_output), gradients)
+                found = gradients.in_dtypes(ctx.dtypes)
         d_hidden = None if found[0] is None else found[0].view(ctx.shape)
         return (d_hidden, *found[1:], *[None] * 9)
 
 
-class _Run:
-    """The loop over chunks of whole horizons."""
-
-    def __init__(
-        self,
-        call: HeadCall,
-        head: Head,
-        loss: Loss,
-        split: Split | None,
-        names: tuple[str, ...],
-        asked: tuple[str, ...],
-        hidden: Tensor,
-        labels: Tensor,
-        temperatures: Tensor | None,
-    ) -> None:
-        self.call, self.head, self.loss, self.split, self.names = call, head, loss, split, names
-        self.asked = asked
-        self.hidden, self.labels, self.temperatures = hidden, labels, temperatures
-        self.unscaled = loss.differentiates == ("logp",)
-        self.budget = Budget.of(
-            call.scratch_bytes, head, unscaled=self.unscaled, wanted=call.wanted, copies=bool(names)
+def _only_once(ctx: Any) -> None:
+    """Gradients are scaled where they are, so another backward would scale them again."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            "linear_loss makes its gradient once, so it has one backward: call it again, or take linear_token_stats, "
+            "whose graph can be kept"
         )
-        self.outputs = tuple(dict.fromkeys((*asked, "logp")))
-        self.gradients = Gradients(call.wanted, hidden, head, max(1, len(names)))
-        self.groups: list[tuple[Rows, Tensor]] = []
-        self.workspace = Workspace(head)
-        self.silent: Tensor | None = None
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The value (), the factor () that gradients still lack, and the statistics in planned order."""
-        horizon = self.loss.horizon if self.split is None else self.split.horizon(self.loss)
-        horizon = HORIZONS[-1] if self.names == THIRDS else horizon
-        chunks = cut(self.call.plan, horizon, self.budget.whole)
-        wide = self.head.accumulation_dtype
-        if self.call.wanted.any and not self.names:
-            self.silent = host_mask(silent_rows(self.loss, batch, self.split), self.call.may_wait)
-        value = self.hidden.new_zeros((), dtype=torch.float64)
-        factor = self.hidden.new_ones((), dtype=wide)
-        parts: list[tuple[Rows, Stats]] = []
-        for chunk in chunks:
-            part = chunk_batch(batch, chunk)
-            pattern = self._pattern(chunks, part)
-            if pattern is None:
-                found, stats = self._chunk(chunk, part)
-            else:
-                # masked rows have no coefficient, whatever the pattern says
-                pattern = pattern.to(wide) if part.mask is None else torch.where(part.mask, pattern.to(wide), 0.0)
-                found, stats, factor = self._deferred(chunk, part, pattern)
-            value = value + found
-            parts.append((chunk.rows, stats))
-        return value, factor, {name: self._collect(name, parts) for name in self.asked}
-
-    def _pattern(self, chunks: list[Chunk], batch: Batch) -> Tensor | None:
-        """The pattern of the coefficients, where their scalar must be waited for: one horizon that does not fit."""
-        # a split scales the sides apart
-        alone = len(chunks) == 1 and chunks[0].rows.count > self.budget.whole and not (self.split or self.names)
-        return self.loss.pattern(batch) if alone and self.unscaled and self.call.wanted.head else None
-
-    def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
-        home = None
-        arranged = Arranged.of(chunk.rows, self.silent, self.hidden.device)
-        eager = self.unscaled and self.call.wanted.hidden and not self.call.wanted.head
-        if eager and arranged.active <= self.budget.whole:
-            home = self.workspace.get("home", arranged.active, self.hidden.shape[-1], self.head.accumulation_dtype)
-        sweep = self._sweep(arranged, home)
-        found = sweep.forward(self.outputs, self.gradients).present()
-        stats = masked_stats(Stats(**{name: arranged.restored(v) for name, v in found.items()}), batch.mask)
-        if not self.call.wanted.any and not self.names:
-            return loss_value(self.loss, stats, batch), stats
-        value, triple = coefficients(self.loss, stats, batch, self.split)
-        groups = None
-        if self.names:
-            groups = parts_of(self.names, self.loss, stats, batch)
-            self.groups.append((chunk.rows, groups))
-        if self.call.wanted.any:
-            triple = Coefficients(*(None if c is None else arranged.arranged(c) for c in triple))
-            sweep.backward(triple, self.gradients, groups)
-        return value, stats
-
-    def _deferred(self, chunk: Chunk, batch: Batch, pattern: Tensor) -> tuple[Tensor, Stats, Tensor]:
-        """Accumulate with the pattern; the horizon's scalar comes last, as the factor of all gradients."""
-        parts: list[tuple[Rows, Stats]] = []
-        for first, last in steps(0, chunk.rows.count, self.budget.whole):
-            rows = chunk.rows.part(first, last)
-            sweep = self._sweep(Arranged.of(rows, None, self.hidden.device), None)
-            stats = sweep.forward(self.outputs)
-            sweep.backward(Coefficients(pattern[first:last]), self.gradients)
-            parts.append((Rows(((first, last),), None), stats))
-        whole = Stats(**{name: self._collect(name, parts) for name in STATISTICS if name in self.outputs})
-        whole = masked_stats(whole, batch.mask)
-        value, triple = coefficients(self.loss, whole, batch, self.split)
-        assert triple.logp is not None
-        # c = scalar * pattern: least squares gives the scalar back without looking for a non-zero entry
-        squares = pattern.double().square().sum()
-        scalar = (triple.logp.double() * pattern).sum() / torch.where(squares > 0, squares, 1.0)
-        return value, whole, scalar.to(self.head.accumulation_dtype)
-
-    def keep_parts(self, kept: dict[str, Tensor]) -> None:
-        """What ``SplitGradients`` is made of: the part of each row, a copy of dH, and dW and db of each part."""
-        count = sum(rows.count for rows, _ in self.groups)
-        found = self.labels.new_zeros(count)
-        for rows, groups in self.groups:
-            Rows(rows.ranges, None).scatter(found, groups)
-        kept["groups"] = found
-        if self.gradients.hidden is not None:
-            kept["hidden"] = self.gradients.hidden.clone()
-        for name, grads in (("weight", self.gradients.weights), ("bias", self.gradients.biases)):
-            kept |= {f"{name}/{part}": grad for part, grad in zip(self.names, grads, strict=False)}
-
-    def _sweep(self, arranged: Arranged, home: Tensor | None) -> Sweep:
-        temperatures = None if self.temperatures is None else arranged.take(self.temperatures)
-        return Sweep(
-            self.head,
-            self.hidden,
-            arranged.take(self.labels),
-            temperatures,
-            arranged.rows,
-            self.budget,
-            self.call.wanted,
-            unscaled=self.unscaled,
-            workspace=self.workspace,
-            home=home,
-            masked=self.call.plan.masked,
-            active=arranged.active,
-        )
-
-    def _collect(self, name: str, parts: list[tuple[Rows, Stats]]) -> Tensor:
-        """One statistic of all chunks in planned order, (N,)."""
-        dtype = torch.bool if name == "is_top1" else self.head.accumulation_dtype
-        out = self.hidden.new_zeros(sum(rows.count for rows, _ in parts), dtype=dtype)
-        for rows, stats in parts:
-            Rows(rows.ranges, None).scatter(out, getattr(stats, name))
-        return out
+    ctx.spent = True
 
 
 def _warn_inside_checkpoint() -> None:

@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.ops.calls import HeadCall, prepare
+from fused_po.ops.calls import HeadCall, prepare, whole
 from fused_po.ops.checks import check_outputs
+from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
+from fused_po.ops.head import Head
 from fused_po.ops.planning import Plan, Rows
-from fused_po.ops.sweep import Budget, Sweep, Workspace
+from fused_po.ops.routes import Route
+from fused_po.ops.sweep import Sweep
+from fused_po.ops.tokens import Tokens
+from fused_po.ops.workspace import Workspace
 from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
 
 if TYPE_CHECKING:
@@ -115,66 +120,66 @@ class _LinearTokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.asked = call, asked
-        with torch.autocast(hidden.device.type, enabled=False):
-            wanted = call.wanted
-            home = None
-            if wanted.hidden and not wanted.head:
+        with without_autocast(hidden):
+            head, home = call.head(weight, bias), None
+            route = Route.of(call.sizes(head), labels.shape[0], fused=False, unscaled=False)
+            if route.eager:
                 home = hidden.new_empty((labels.shape[0], hidden.shape[-1]), dtype=storage_dtype(hidden.dtype))
-            sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=True, home=home)
+            head = head.copied() if call.wanted.any else head
+            sweep = _sweep(call, route, head, hidden, labels, temperatures, home)
             stats = sweep.forward(asked)
         values = tuple(getattr(stats, name) for name in asked)
         ctx.mark_non_differentiable(*(v for name, v in zip(asked, values, strict=True) if name not in DIFFERENTIABLE))
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, sweep.anchors)
+        # a gathered head is not held whole
+        copy = head.weight if call.gather is whole and head.weight is not weight else None
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, sweep.kept, home, sweep.anchors, copy)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, temperatures, kept, home, anchors = ctx.saved_tensors
+        hidden, weight, bias, labels, temperatures, kept, home, anchors, copy = ctx.saved_tensors
         call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
         given = dict(zip(ctx.asked, grad_outputs, strict=True))
         triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
-        unscaled = triple.entropy is None and triple.lse is None
-        with torch.autocast(hidden.device.type, enabled=False), call.gather(weight, bias):
-            gradients = Gradients(call.wanted, hidden, call.head(weight, bias))
+        plain = triple.entropy is None and triple.lse is None
+        with without_autocast(hidden), call.gather(weight, bias):
+            head = call.head(weight, bias)
+            # what was kept is what forward wanted
+            route = Route.of(ctx.call.sizes(head), labels.shape[0], fused=False, unscaled=False)
+            head = head.copied(copy)
+            sweep = _sweep(call, route if plain else route.recomputing(), head, hidden, labels, temperatures, home)
+            # other gradients overwrite what is kept: another backward would miss it
+            sweep.kept_rows = kept.shape[0] if plain or not _runs_again() else 0
+            sweep.kept, sweep.anchors = kept, anchors
+            covered, once = call.plan.rows is None, sweep.writes_once
+            gradients = Gradients(call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered)
             if any(c is not None for c in triple):
-                sweep = _sweep(call, hidden, weight, bias, labels, temperatures, unscaled=unscaled, home=home)
-                if unscaled:
-                    sweep.kept = kept
-                else:
-                    sweep.kept_rows, sweep.kept = 0, kept[:0]
-                sweep.anchors = anchors
                 sweep.backward(triple, gradients)
-            found = gradients.finish()
-        like = (hidden, weight, bias)
-        d_hidden, *others = (None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True))
+            like = (hidden, weight, bias)
+            d_hidden, *others = gradients.in_dtypes(tuple(None if t is None else t.dtype for t in like))
         # dH is flat; a sharded weight has lost its shape again by now
         d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
         return (d_hidden, *others, *[None] * 4)
 
 
+def _runs_again() -> bool:
+    """Whether the graph stays for another backward; a trace does not know."""
+    if torch.compiler.is_compiling():
+        return True
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
+
+
 def _sweep(
     call: HeadCall,
+    route: Route,
+    head: Head,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     labels: Tensor,
     temperatures: Tensor | None,
-    *,
-    unscaled: bool,
     home: Tensor | None,
 ) -> Sweep:
-    head = call.head(weight, bias)
-    return Sweep(
-        head,
-        hidden,
-        labels,
-        temperatures,
-        Rows(((0, labels.shape[0]),), call.plan.rows),
-        Budget.of(call.scratch_bytes, head, unscaled=unscaled, wanted=call.wanted),
-        call.wanted,
-        unscaled=unscaled,
-        workspace=Workspace(head),
-        home=home,
-        masked=call.plan.masked,
-    )
+    rows = Rows(((0, labels.shape[0]),), call.plan.rows)
+    tokens = Tokens(head, hidden, labels, temperatures, rows, call.plan.masked)
+    return Sweep(tokens, route, call.wanted, Workspace(hidden), home=home)

@@ -38,8 +38,10 @@ class SplitGradients:
     bias: Mapping[str, Tensor]
 
     @staticmethod
-    def of(names: tuple[str, ...], kept: dict[str, Tensor], layout: Layout, shape: torch.Size) -> SplitGradients:
-        """From what a call kept; nothing is kept without gradients."""
+    def of(
+        names: tuple[str, ...], kept: dict[str, Tensor], layout: Layout, shape: torch.Size, rows: int
+    ) -> SplitGradients:
+        """From what a call kept, nothing without gradients; ``rows`` are those of the weight, padded ones too."""
         hidden: dict[str, Tensor] = {}
         if "hidden" in kept:
             groups = kept["groups"].new_full((layout.labels.numel(),), -1)
@@ -48,7 +50,7 @@ class SplitGradients:
                 own = (groups == index).unsqueeze(1)
                 hidden[name] = torch.where(own, kept["hidden"], 0.0).reshape(shape)
         head = {
-            kind: {name: kept[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in kept}
+            kind: {name: _padded(kept[f"{kind}/{name}"], rows) for name in names if f"{kind}/{name}" in kept}
             for kind in ("weight", "bias")
         }
         return SplitGradients(names, hidden, **head)
@@ -121,3 +123,9 @@ def parts_of(names: tuple[str, ...], loss: Loss, stats: Stats, batch: Batch) -> 
     else:
         thirds = tertiles(weight, ((role == 0) | ~batch.loss_tokens()).long())
     return torch.where(role != 0, 2 - thirds, rest)
+
+
+def _padded(gradient: Tensor, rows: int) -> Tensor:
+    """With a zero for each padded row of the head: (V, ...) -> (rows, ...)."""
+    missing = rows - gradient.shape[0]
+    return torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])]) if missing else gradient

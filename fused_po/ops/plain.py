@@ -67,6 +67,7 @@ def plain_loss(
     logit_scale: float = 1.0,
     num_items: Number | None = None,
     num_sequences: Number | None = None,
+    num_chosen_items: Number | None = None,
     **side_inputs: Number,
 ) -> Tensor:
     """What ``linear_loss`` computes, from full logits (B, S, V) and by plain autograd.
@@ -85,7 +86,7 @@ def plain_loss(
     }
     stats = plain_stats(logits, labels, **options)
     flat = Stats(**{name: value.reshape(-1) for name, value in stats.present().items()})
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, logits.dtype)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, logits.dtype, num_chosen_items)
     return total(loss(masked_stats(flat, layout.mask), batch))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_po.ops.checks import IGNORE, check_cu_seqlens
+from fused_po.ops.devices import has_values
 
 __all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan", "steps"]
 
@@ -37,6 +38,11 @@ class Plan:
     lengths: tuple[int, ...]
     positions: int
     masked: bool = False
+
+    @property
+    def count(self) -> int:
+        """N, the rows."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,13 @@ class Rows:
         places, length = self.take(places), hidden.shape[1]
         return hidden[places // length, places % length]
 
+    def window(self, flat: Tensor) -> Tensor | None:
+        """The view of flat (all positions, ...) that is these rows, where there is one: (R, ...)."""
+        if self.positions is not None or len(self.ranges) != 1:
+            return None
+        ((start, stop),) = self.ranges
+        return flat[start:stop]
+
     def scatter(self, flat: Tensor, values: Tensor) -> None:
         """Into the caller's order: values (R, ...) into flat (all positions, ...)."""
         if self.positions is not None:
@@ -112,14 +125,15 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
         ValueError: wrong shapes, or ``cu_seqlens`` that does not run from 0 to N without decreasing.
     """
     device = labels.device if device is None else torch.device(device)
-    loss = labels.detach().to("cpu") != IGNORE
+    # labels without values: every position is a row
+    loss = labels.detach().to("cpu") != IGNORE if has_values(labels) else torch.ones(labels.shape, dtype=torch.bool)
     if labels.ndim == 2 and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if labels.ndim == 2:
         lengths = loss.sum(1)
     else:
         bounds = check_cu_seqlens(cu_seqlens, labels.shape[0])
-        counts = torch.cat([torch.zeros(1, dtype=torch.int64), loss.cumsum(0)])
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), loss.cumsum(0)])
         lengths = counts[bounds[1:]] - counts[bounds[:-1]]
     loss = loss.reshape(-1)
     rows = None if bool(loss.all()) else loss.nonzero().squeeze(1).to(device, non_blocking=True)

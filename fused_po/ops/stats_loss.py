@@ -29,6 +29,7 @@ def stats_loss(
     cu_seqlens: Tensor | None = None,
     num_items: Number | None = None,
     num_sequences: Number | None = None,
+    num_chosen_items: Number | None = None,
     split: Split | None = None,
     plan: Plan | None = None,
     **side_inputs: Number,
@@ -40,7 +41,7 @@ def stats_loss(
             are no metrics.
         labels: (B, S), or packed (N,) with ``cu_seqlens``; already shifted, -100 is ignored.
         loss: from ``fused_po.losses.create``.
-        cu_seqlens, num_items, num_sequences, split, plan, side_inputs: as in ``linear_loss``.
+        cu_seqlens, num_items, num_sequences, num_chosen_items, split, plan, side_inputs: as in ``linear_loss``.
 
     Returns:
         LossOutput; ``.loss`` is differentiable in the statistics.
@@ -64,14 +65,15 @@ def stats_loss(
         raise ValueError(f"labels must be int64: got {labels.dtype}")
     same_device(labels, **present)
     if plan is None:
-        plan = default_plan(labels, cu_seqlens)
-    layout = Layout.of(labels, plan)
+        layout = Layout.of(labels, default_plan(labels, cu_seqlens))
+    else:
+        layout = Layout.of(labels, plan, cu_seqlens)
     read = [name for name in loss.statistics if name in present]
     rows = {name: layout.rows.gather(present[name].reshape(-1)) for name in read}
     # of statistics in half precision at least the side inputs keep their digits
     wide = accumulation_dtype(rows["logp"].dtype)
     rows = {name: value.to(wide) if value.is_floating_point() else value for name, value in rows.items()}
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
     others = {name: value.detach() for name, value in rows.items() if name not in loss.differentiates}
     through = [rows[name] for name in loss.differentiates]
     if torch.is_grad_enabled():

@@ -103,7 +103,7 @@ def test_triton_row_stats(number):
 def test_triton_row_softmax(number):
     case = SOFTMAX_FLAGS[number]
     given = {name: case[name] for name in ("temperatures", "aligned")}
-    p, rows = problem(300 + number, case["element"], case["softcap"], width=(300, 2500)[number % 2], **given)
+    p, rows = problem(1100 + number, case["element"], case["softcap"], width=(300, 2500)[number % 2], **given)
     run_softmax(TritonPtx(90, number), p, rows, case["wanted"], case["out"], number)
 
 
@@ -111,5 +111,5 @@ def test_triton_row_softmax(number):
 def test_triton_row_grad(number):
     case = GRAD_FLAGS[number]
     given = {name: case[name] for name in ("temperatures", "aligned")}
-    p, rows = problem(400 + number, case["element"], case["softcap"], width=(300, 4500)[number % 2], **given)
+    p, rows = problem(700 + number, case["element"], case["softcap"], width=(300, 4500)[number % 2], **given)
     run_grad(TritonPtx(90, number), p, rows, case["which"], case["out"], number)

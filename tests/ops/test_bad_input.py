@@ -97,7 +97,7 @@ def test_other_arguments():
         linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("simpo"))
     with pytest.raises(ValueError, match="even number of sequences"):
         linear_loss(HIDDEN[:3], WEIGHT, LABELS[:3], losses.create("aot"), ref_logp=torch.zeros(3))
-    with pytest.raises(ValueError, match="a normaliser must be one number"):
+    with pytest.raises(ValueError, match="num_items must be one number"):
         linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sft"), num_items=torch.ones(2))
     for given in ({"num_items": 0}, {"num_sequences": -1}, {"num_items": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(given))} must be above 0: got"):

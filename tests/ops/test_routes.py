@@ -51,7 +51,7 @@ ROUTES = {
     "chunks of tokens, entropy": ("dapo-all", 6, frozenset(), 7 * ROW, 3, 3),
     "deferred": ("sigmoid", 2, frozenset(), 7 * ROW, 3, 3),
     "deferred, one sequence": ("kto", 1, frozenset(), 3 * ROW, 3, 3),
-    "kept tiles": ("sigmoid", 6, frozenset(), 10 * ROW, 3.2, 3.6),
+    "kept tiles": ("sigmoid", 6, frozenset(), 6 * ROW, 3.2, 3.6),
     "recompute": ("sigmoid", 6, frozenset(), 0, 4, 4),
     "recompute, entropy": ("entropy-pairs", 6, frozenset(), 0, 4, 4),
     "frozen": ("sigmoid", 6, HEAD_FROZEN, PLENTY, 2, 2),

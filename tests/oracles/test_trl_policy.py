@@ -18,6 +18,8 @@ pytest.importorskip("trl", reason="TRL is not installed: its losses are not comp
 from trl import GRPOTrainer, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 
+from fused_po.trainers.trl.grpo import with_entropy_of_the_call
+
 GRPO_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 # settings beside the loss type, and side inputs beyond advantages and old log-probs
 GRPO_SETTINGS = {
@@ -133,7 +135,8 @@ def check_grpo(problem: Problem, name: str, settings: dict[str, object]) -> None
     ours = {key: v for key, v in settings.items() if key not in ("old", "sampling", "importance", "per_token")}
     if name == "dr_grpo":
         ours["max_completion_length"] = 20
-    loss = losses.create(name, **ours)
+    # with num_items our entropy bonus is a mean over these, so that micro-batches add up; TRL's is one over the call
+    loss = with_entropy_of_the_call(losses.create(name, **ours))
     side = {key: tensor for key, tensor in side.items() if key in loss.needs & SIDE_INPUTS}
     check(problem.ours(loss, num_items=31, **side), value, leaves, trainer._metrics["train"])
 

@@ -12,11 +12,12 @@ from fused_po import losses
 from fused_po.splits import Split
 from fused_po.trainers.trl import hook
 from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
+from fused_po.trainers.trl.trainable import Trainable
 
 __all__ = ["FusedDPOTrainer"]
 
 
-class FusedDPOTrainer(SplitOverTraining, DPOTrainer):
+class FusedDPOTrainer(SplitOverTraining, Trainable, DPOTrainer):
     """``trl.DPOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
 
     All of TRL's ``loss_type`` names and lists, divergences, ``use_weighting``, ``ld_alpha``, precomputed reference

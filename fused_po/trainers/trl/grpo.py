@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from fused_po import losses
 from fused_po.splits import Split
 from fused_po.trainers.trl import hook
 from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining, accepted
+from fused_po.trainers.trl.trainable import Trainable, flags_kept
 
-__all__ = ["FusedGRPOTrainer"]
+__all__ = ["FusedGRPOTrainer", "with_entropy_of_the_call"]
 
 # loss types whose normaliser spans the generation batch
 OVER_TOKENS = ("cispo", "dapo", "vespo")
 
 
-class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
+class FusedGRPOTrainer(SplitOverTraining, Trainable, GRPOTrainer):
     """``trl.GRPOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
 
     All eight ``loss_type`` names, both importance sampling levels, clipping, KL penalty, entropy bonus, importance
@@ -59,6 +61,10 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
             policy = Policy(model, call)
             return policy.connected(super()._compute_loss(policy, inputs), scale)
 
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        with flags_kept(self.model):
+            return super()._generate_and_score_completions(*args, **kwargs)
+
     def _loss(self, entropy_divisor: int) -> losses.Loss:
         named = {
             "epsilon": self.epsilon_low,
@@ -71,7 +77,7 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
         vespo = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
         named |= {name: getattr(self, name) for name in of_trainer}
         named |= {name: getattr(self.args, name) for name in (*of_arguments, *vespo)}
-        return losses.create(self.loss_type, **accepted([self.loss_type], named))
+        return with_entropy_of_the_call(losses.create(self.loss_type, **accepted([self.loss_type], named)))
 
     def _entropy_weight(self) -> float:
         """What TRL's controller applies in this step."""
@@ -100,6 +106,13 @@ class FusedGRPOTrainer(SplitOverTraining, GRPOTrainer):
         return {
             name: _widened(value, labels) for name, value in found.items() if name in loss.needs and value is not None
         }
+
+
+def with_entropy_of_the_call(loss: losses.Loss) -> losses.Loss:
+    """The loss with TRL's entropy bonus: the mean over one micro-batch, whatever ``num_items_in_batch`` says."""
+    kind = type(loss)
+    mean = {"mean_entropy": staticmethod(lambda entropy, batch: batch.mean_call_tokens(entropy))}
+    return type(kind.__name__, (kind,), mean)(**{one.name: getattr(loss, one.name) for one in fields(loss) if one.init})
 
 
 def _widened(values: Tensor, labels: Tensor) -> Tensor:

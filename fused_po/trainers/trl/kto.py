@@ -11,11 +11,12 @@ from fused_po import losses
 from fused_po.splits import Split
 from fused_po.trainers.trl import hook
 from fused_po.trainers.trl.one_pass import IGNORE, OnePass, Policy, SplitOverTraining
+from fused_po.trainers.trl.trainable import Trainable
 
 __all__ = ["FusedKTOTrainer"]
 
 
-class FusedKTOTrainer(SplitOverTraining, KTOTrainer):
+class FusedKTOTrainer(SplitOverTraining, Trainable, KTOTrainer):
     """``trl.KTOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
 
     ``kto`` and ``apo_zero_unpaired``, weights of the two sides, precomputed reference log-probs and all metrics;

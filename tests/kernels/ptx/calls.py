@@ -11,6 +11,7 @@ from tests.kernels.ptx import matrices
 from tests.kernels.ptx.asynchronous import Engine
 from tests.kernels.ptx.meeting import Meeting
 from tests.kernels.ptx.memory import Fault, Global
+from tests.kernels.ptx.products import Products
 from tests.kernels.ptx.shared import Shared
 from tests.kernels.ptx.threads import WARP, Threads
 
@@ -25,6 +26,7 @@ class Calls:
     shared: Shared
     engine: Engine
     meeting: Meeting
+    products: Products
     parameter_bytes: bytes
 
     def special(self, name: str, I: Any) -> Array:  # noqa: E741
@@ -186,6 +188,26 @@ class Calls:
     def trap(self, mask: Array | None, I: Any) -> None:  # noqa: E741
         if mask is None or mask.any():
             raise Fault("a trap")
+
+    def multiply(
+        self,
+        columns: int,
+        kind: str,
+        slots: list[int],
+        before: list[Array],
+        first: Array,
+        second: Array,
+        add: Array,
+        turned: tuple[bool, bool],
+        I: Any,  # noqa: E741
+    ) -> list[Array]:
+        return self.products.multiply(columns, kind, slots, before, first, second, add, turned, self.threads.lanes[I])
+
+    def commit_products(self, I: Any) -> None:  # noqa: E741
+        self.products.commit(self.threads.lanes[I])
+
+    def wait_for_products(self, newest: int, I: Any) -> None:  # noqa: E741
+        self.products.wait(self.threads.lanes[I], newest)
 
     def load_matrices(self, addresses: Array, count: int, turned: bool, I: Any) -> list[Array]:  # noqa: E741
         lanes = self.threads.lanes[I]

@@ -5,8 +5,8 @@ instruction counts for all 32 lanes of its warp, as the GPU issues it, and where
 Neighbours that read one place count its bytes once. These are PTX instructions: the assembler drops most of the moves,
 joins some of the others, and makes several of a division, so that the machine code is near to this and not the same.
 
-``--write`` keeps the table in ``bench/counts.json``, from which ``bench.report`` takes it, and beyond which no test lets
-a kernel go.
+``--write`` keeps the table in ``bench/counts.json``, from which ``bench.report`` takes it, and which no kernel may
+exceed.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ from unittest import mock
 
 from torch import Tensor
 
-from fused_po.kernels import configs, triton_rows
+from fused_po.kernels import configs, triton_blocks, triton_rows
 from fused_po.kernels.contract import Coefficients, Span, Transform
 from tests.kernels.ptx.launch_cuda import contiguous, inputs, output
 from tests.kernels.ptx.machine import Counters, Geometry, Program, run
 from tests.kernels.ptx.memory import Global, Region, put_back, region_of
 from tests.kernels.ptx.parse import Kernel, Module
 
-__all__ = ["Compiled", "Launched", "TritonPtx", "compiled", "noted"]
+__all__ = ["Compiled", "Launched", "TritonPtx", "compiled", "noted", "run_products"]
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
@@ -150,6 +150,30 @@ def execute(
     return counters
 
 
+def run_products(
+    call: Callable[[], None], output: Tensor, seed: int = 1, change: Callable[[Kernel], None] | None = None
+) -> None:
+    """What ``call`` launches of ``triton_blocks`` on sm_90: its tensors may be read, and the output written."""
+    with noted(triton_blocks, 90) as launches:
+        call()
+    for launch in launches:
+        regions = []
+        for number, value in enumerate(launch.arguments):
+            if isinstance(value, Tensor):
+                columns = None if value.is_contiguous() else value.shape[1]
+                written = int(value.data_ptr() == output.data_ptr())
+                regions.append((region_of(str(number), value, columns=columns, written=written), value))
+        execute(launch, _changed(compiled(launch, 90), change), regions, seed)
+
+
+def _changed(made: Compiled, change: Callable[[Kernel], None] | None) -> Compiled:
+    if change is None:
+        return made
+    kernel = copy.deepcopy(made.program.kernel)
+    change(kernel)
+    return made._replace(program=Program(kernel))
+
+
 class TritonPtx:
     """A backend, see ``fused_po.kernels.contract``.
 
@@ -181,11 +205,7 @@ class TritonPtx:
 
     def _run(self, launches: list[Launched], regions: list[tuple[Region, Tensor]]) -> None:
         for launch in launches:
-            made = compiled(launch, self.architecture)
-            if self.change is not None:
-                kernel = copy.deepcopy(made.program.kernel)
-                self.change(kernel)
-                made = made._replace(program=Program(kernel))
+            made = _changed(compiled(launch, self.architecture), self.change)
             self.launches.append((launch, execute(launch, made, regions, self.seed, salt=self.salt)))
 
     def row_stats(

@@ -19,6 +19,7 @@ from tests.kernels.ptx.calls import Calls
 from tests.kernels.ptx.meeting import Meeting
 from tests.kernels.ptx.memory import Fault, Global
 from tests.kernels.ptx.parse import Kernel, Register
+from tests.kernels.ptx.products import Products
 from tests.kernels.ptx.scheduler import Scheduler
 from tests.kernels.ptx.shared import Shared
 from tests.kernels.ptx.threads import DONE, READY, Threads
@@ -63,8 +64,9 @@ class Program:
         self.positions: list[list[int]] = [[]] * len(self.blocks)
         self.live = sorted({slot for block in self.blocks for slot in block.live})
         ops = {i.op[:3] for i in kernel.instructions}
-        sizes = [int(i.op[-1][-2:].lstrip("bfsu")) // 8 for i in kernel.instructions if "shared" in i.op]
-        self.grain = min(4, *sizes, 4)
+        moves = [i for i in kernel.instructions if i.op[0] in ("ld", "st", "ldmatrix", "stmatrix") and "shared" in i.op]
+        sizes = [int(i.op[-1].lstrip("bfsu")) // 8 for i in moves]
+        self.grain = min(4, *sizes)
         self.proxied = ("cp", "async", "bulk") in ops or any(op[0] == "wgmma" for op in ops)
 
     def function(self, number: int) -> Any:
@@ -140,6 +142,7 @@ class Machine(Calls):
                 self.registers[slot] = self.generator.integers(0, 256, count * width, np.uint8).view(f"u{width}")
             else:
                 self.registers[slot] = self.generator.integers(0, 2, count, np.uint8).view(bool)
+        self.products = Products(self.threads, self.shared, self.registers)
 
     def run(self) -> None:
         threads = self.threads

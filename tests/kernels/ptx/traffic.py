@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from tests.kernels.ptx.instructions import COMPUTING, Unknown, set_register
-from tests.kernels.ptx.parse import Immediate, Instruction, Memory, Operand, Symbol, Vector
+from tests.kernels.ptx.parse import Immediate, Instruction, Memory, Operand, Register, Symbol, Vector
 from tests.kernels.ptx.translate import VIEWS, Writer, kind_of
 
 __all__ = ["emit"]
@@ -182,6 +183,35 @@ def _trap(w: Writer, i: Instruction) -> None:
     w.line(f"M.trap({_mask(w, i)}, I)")
 
 
+def _product(w: Writer, i: Instruction) -> None:
+    """wgmma, see `products`."""
+    _unguarded(w, i)
+    if i.op[1] == "fence":
+        return
+    if i.op[1] == "commit_group":
+        w.line("M.commit_products(I)")
+        return
+    if i.op[1] == "wait_group":
+        assert isinstance(i.operands[0], Immediate)
+        w.line(f"M.wait_for_products({i.operands[0].value}, I)")
+        return
+    sums = _parts(i.operands[0])
+    first, second, add, *numbers = i.operands[1:]
+    shape = re.fullmatch(r"m64n(\d+)k16", i.op[4])
+    flags = [number.value for number in numbers if isinstance(number, Immediate)]
+    kind = i.op[6]
+    if not shape or flags[:2] != [1, 1] or i.op[5] != "f32" or kind not in ("bf16", "f16") or len(flags) != 4:
+        raise Unknown(i.text)
+    slots = [operand.slot for operand in sums if isinstance(operand, Register)]
+    before = ", ".join(w.read(operand, "f32") for operand in sums)
+    found = w.temporary()
+    given = f"{w.read(first, 'b64')}, {w.read(second, 'b64')}, {w.read(add, 'pred')}"
+    turned = (bool(flags[2]), bool(flags[3]))
+    w.line(f"{found} = M.multiply({shape[1]}, {kind!r}, {slots}, [{before}], {given}, {turned}, I)")
+    for number, operand in enumerate(sums):
+        w.write(operand, "f32", f"{found}[{number}]")
+
+
 def _matrices(w: Writer, i: Instruction) -> None:
     """ldmatrix and stmatrix."""
     _unguarded(w, i)
@@ -213,6 +243,7 @@ MOVING: dict[str, Callable[[Writer, Instruction], str | None]] = {
     "membar": _fence,
     "cp": _copy,
     "trap": _trap,
+    "wgmma": _product,
     "ldmatrix": _matrices,
     "stmatrix": _matrices,
     "ret": _unguarded,

@@ -1,0 +1,59 @@
+"""The section of docs/performance.md that shows a GPU on paper, beside what was measured of it."""
+
+from __future__ import annotations
+
+from fused_po.bench.paper import CASES, PaperCase
+from fused_po.bench.paper_peers import counted_with, recorded
+from fused_po.bench.paper_table import figures, read
+from fused_po.prices import device
+
+__all__ = ["paper_section"]
+
+GIB = 1 << 30
+
+
+def paper_section() -> list[str]:
+    """From bench/results/paper, which ``python -m fused_po.bench.paper_table --record`` writes."""
+    found, used = read(), counted_with()
+    on = device(found["on_paper"])
+    lines = [
+        "## A GPU on paper",
+        "",
+        "Not measured but counted: every operation of a forward and backward is listed on tensors without values and",
+        f"priced for an {on.name.upper()}: a product by its FLOP over {on.half / 1e12:.0f} TFLOP/s or its bytes over",
+        f"{on.bandwidth / 1e12:.1f} TB/s, whichever takes longer; reading and writing an accumulator again on top; all",
+        "else by its bytes. The unit is the bare products of the case, 3 or with a frozen head 2. Launches are",
+        "counted, not priced; scratch is the most alive beyond inputs and returned gradients. TRL's function",
+        f"likewise, on fake CUDA tensors (trl {used['trl']}, torch {used['torch']}). `fused-po bench --paper`",
+        "prints it for other GPUs too.",
+        "",
+        "| case | at most | on paper | scratch GiB | launches | TRL on paper | TRL's scratch GiB | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["cases"].items():
+        case, peer = CASES[name], recorded("trl", name)
+        limit = "" if case.limit is None else f"{case.limit:.2f} x"
+        other = None if peer is None else figures(peer, on)
+        theirs = " | " if other is None else f"{other['over_bare']:.2f} x | {other['scratch_bytes'] / GIB:.2f}"
+        got = "not run" if row["measured"] is None else f"{row['measured']['over_bare']:.2f} x"
+        lines.append(
+            f"| {_words(case)} | {limit} | {row['over_bare']:.2f} x | {row['scratch_bytes'] / GIB:.2f} | "
+            f"{row['launches']} | {theirs} | {got} |"
+        )
+    return [*lines, ""]
+
+
+def _words(case: PaperCase) -> str:
+    parts = [f"`{case.method}`"]
+    if case.method == "linear_loss":
+        parts.append({"dapo": "DAPO", "dpo": "DPO", "ppo-entropy": "PPO with an entropy bonus"}[case.loss])
+    if case.entropy:
+        parts.append("gradient through the entropy")
+    if case.softcap is not None:
+        parts.append("softcap")
+    if case.frozen:
+        parts.append("frozen head")
+    dtype = str(case.dtype).removeprefix("torch.")
+    parts.append(f"float32 weights under {dtype} autocast" if case.autocast else dtype)
+    shape = f"N={case.tokens} H={case.hidden} V={case.vocab}"
+    return ", ".join([*parts, shape if case.sequences > 2 else f"{shape}, one pair"])

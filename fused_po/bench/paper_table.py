@@ -1,0 +1,145 @@
+"""The table on paper: this project's routes, what they are not to cost more than, and their peers.
+
+python -m fused_po.bench.paper_table [--device h200] [--lines 5] [names or patterns]
+python -m fused_po.bench.paper_table --record    # writes bench/results/paper/routes.json, which a test compares with
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_po.bench.methods import Absent
+from fused_po.bench.paper import CASES, PaperCase, Sheet, choose, measured, sheet
+from fused_po.bench.paper_peers import PEERS, count, counted_with, recorded
+from fused_po.prices import DEVICES, Device, device
+
+__all__ = ["RECORDED", "figures", "read", "report", "show"]
+
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper" / "routes.json"
+# the device that limits are set for
+REFERENCE = "h200"
+
+
+def figures(found: Sheet, on: Device) -> dict[str, Any]:
+    """What a sheet comes to on a device."""
+    ledger = found.ledger
+    return {
+        "ms": 1e3 * ledger.seconds(on),
+        "over_bare": found.over_bare(on),
+        "over_bare_hidden": found.over_bare(on, hidden=True),
+        "over_bare_launches": found.over_bare(on, launches=True),
+        "products": len(ledger.products),
+        "launches": ledger.launches,
+        "waits": ledger.waits,
+        "scratch_bytes": found.scratch,
+    }
+
+
+def read() -> dict[str, Any]:
+    """The figures of this project's routes that were recorded: ``on_paper``, the device, and ``cases`` by name."""
+    found: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
+    return found
+
+
+def write(on: Device, seconds: float = 3.0) -> None:
+    """Record the figures of all cases, and what is measured of them where there is a GPU."""
+    rows = {
+        name: row["ours"] | {"measured": row["measured"]}
+        for name, row in report(CASES, on, 0, seconds)["cases"].items()
+    }
+    RECORDED.write_text(json.dumps({"on_paper": on.name, "cases": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def report(cases: Mapping[str, PaperCase], on: Device, lines: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+    """Cases on paper, beside their peers and, where there is a GPU, what is measured.
+
+    Args:
+        lines: how many of the dearest lines of each.
+        seconds: how long to measure each; 0: not at all.
+    """
+    rows = {}
+    for name, case in cases.items():
+        found = sheet(case)
+        row: dict[str, Any] = {"limit": case.limit, "ours": figures(found, on), "peers": {}, "measured": None}
+        row["dearest"] = [vars(line) for line in found.ledger.dearest(on, lines)]
+        for peer in PEERS:
+            row["peers"][peer] = _peer(peer, name, on)
+        if seconds and torch.cuda.is_available():
+            row["measured"] = measured(case, "cuda", seconds)
+        rows[name] = row
+    return {"on_paper": on.name, "peers_recorded_with": counted_with(), "cases": rows}
+
+
+def _peer(peer: str, case: str, on: Device) -> dict[str, Any] | None:
+    try:
+        return figures(count(peer, CASES[case]), on) | {"recorded": False}
+    except Absent:
+        found = recorded(peer, case)
+    return None if found is None else figures(found, on) | {"recorded": True}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"on paper, {found['on_paper']}: price over that of the bare products of the case")
+    peers = list(PEERS)
+    columns = ["case", "at most", "ours", "hidden", "with launches", "products", "launches", "waits", "scratch"]
+    for column in (*columns, *(f"{peer}, scratch" for peer in peers), "measured"):
+        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    for name, row in found["cases"].items():
+        ours = row["ours"]
+        texts = [
+            f"{ours['over_bare']:.3f}",
+            f"{ours['over_bare_hidden']:.3f}",
+            f"{ours['over_bare_launches']:.3f}",
+            *(str(ours[key]) for key in ("products", "launches", "waits")),
+            _gib(ours["scratch_bytes"]),
+        ]
+        for peer in peers:
+            other = row["peers"][peer]
+            mark = "*" if other and other["recorded"] else ""
+            texts.append(f"{other['over_bare']:.3f}{mark}, {_gib(other['scratch_bytes'])}" if other else "-")
+        texts.append("not run" if row["measured"] is None else f"{row['measured']['over_bare']:.3f}")
+        table.add_row(name, "-" if row["limit"] is None else f"{row['limit']:.2f}", *texts)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table)
+    for name, row in found["cases"].items():
+        for line in row["dearest"]:
+            console.print(f"{name}: {1e3 * line['seconds']:.3f} ms, {line['times']} x {line['name']}, {line['line']}")
+    used = found["peers_recorded_with"]
+    versions = ", ".join(f"{name} {number}" for name, number in used.items() if name != "command")
+    console.print(
+        "at most: on an h200. hidden: accumulators pass while products compute. scratch: most alive beyond inputs and "
+        "returned gradients."
+    )
+    if any(other and other["recorded"] for row in found["cases"].values() for other in row["peers"].values()):
+        console.print(f"*: counted before, with {versions}, by {used['command']}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="names or patterns, default all")
+    parser.add_argument("--device", choices=tuple(DEVICES), default=REFERENCE)
+    parser.add_argument("--lines", type=int, default=0, metavar="COUNT", help="also the dearest lines of each")
+    parser.add_argument("--record", action="store_true", help="write the figures that a test holds routes to")
+    arguments = parser.parse_args()
+    if arguments.record:
+        write(device(REFERENCE))
+    else:
+        show(report(choose(arguments.cases), device(arguments.device), arguments.lines))
+
+
+if __name__ == "__main__":
+    main()
