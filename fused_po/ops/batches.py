@@ -264,7 +264,7 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
 
 
 def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
-    """(B + 1,) int64, from the lengths on the host; None where these are not known, or a trace must not be tied to them."""
+    """(B + 1,) int64, from the lengths on the host; None where these are not known, or would tie a trace to them."""
     if plan.lengths is None or torch.compiler.is_compiling():
         return None
     return torch.tensor([0, *accumulate(plan.lengths)]).to(device, non_blocking=True)
