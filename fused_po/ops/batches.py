@@ -267,7 +267,7 @@ def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
     """(B + 1,) int64, from the lengths on the host; None where these are not known, or would tie a trace to them."""
     if plan.lengths is None or torch.compiler.is_compiling():
         return None
-    return torch.tensor([0, *accumulate(plan.lengths)]).to(device, non_blocking=True)
+    return torch.tensor([0, *accumulate(plan.lengths)], device="cpu").to(device, non_blocking=True)
 
 
 def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:
