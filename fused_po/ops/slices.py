@@ -75,11 +75,11 @@ def add_pieces(
         if piece.kept:
             run.add_hidden(piece)
     workspace.free("product")
-    if run.dropping:
+    if run.dropping or not (gradients.weight or gradients.biases):
+        # nothing is left to make of them
         pieces = [piece for piece in pieces if not piece.kept]
     for some in together(pieces):
-        if gradients.weight or gradients.biases or not some[0].kept:
-            run.add_slices(some, groups)
+        run.add_slices(some, groups)
 
 
 def together(pieces: list[Piece]) -> list[list[Piece]]:
