@@ -265,7 +265,7 @@ def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
     """(B + 1,) int64, from the lengths on the host; a trace is not tied to them."""
     if torch.compiler.is_compiling():
         return None
-    return torch.tensor([0, *accumulate(plan.lengths)]).to(device, non_blocking=True)
+    return torch.tensor([0, *accumulate(plan.lengths)], device="cpu").to(device, non_blocking=True)
 
 
 def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:
