@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fused_po.losses.segments import spread, sum_segments
+
 __all__ = ["OPTIONAL", "PER_SEQUENCE", "SCALAR", "SIDE_INPUTS", "SPREAD", "SUMMED", "TOKEN_FLAGS", "Batch"]
 
 # given per token, or per sequence as the sum over its loss tokens
@@ -105,9 +107,7 @@ class Batch:
 
     def spread(self, values: Tensor) -> Tensor:
         """(B,) -> (N,): each token gets the value of its sequence."""
-        if self.sequence_of is not None:
-            return values.index_select(0, self.sequence_of)
-        return values.repeat_interleave(self.segments, output_size=self.chosen.shape[0])
+        return spread(values, self.segments, self.chosen.shape[0], self.sequence_of, self.offsets)
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """Sum over the tokens that carry loss: (N,) -> (), in float64."""
@@ -144,9 +144,7 @@ class Batch:
 
         float32 sums move a preference margin by 1e-3 at 2,048 tokens.
         """
-        lengths = self.segments if self.offsets is None else None
-        found = self._masked(values)
-        return torch.segment_reduce(found, "sum", lengths=lengths, offsets=self.offsets, unsafe=True, initial=0.0)
+        return sum_segments(self._masked(values), self.segments, self.offsets)
 
     def mean_per_sequence(self, values: Tensor) -> Tensor:
         """Mean over the loss tokens of each sequence, 0 for an empty one: (N,) -> (B,), float64."""
@@ -173,7 +171,9 @@ class Batch:
         Raises:
             ValueError: an odd number of sequences.
         """
-        half, odd = divmod(values.shape[0], 2)
+        # a trace takes no remainder of a size
+        half = values.shape[0] // 2
+        odd = 2 * half != values.shape[0]
         if odd:
             raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {values.shape[0]}")
         # one operation to differentiate, where two slices are five

@@ -17,6 +17,7 @@ from fused_po.ops.checks import (
     require_number,
     require_real,
     require_said,
+    require_tensors,
     same_device,
 )
 from fused_po.ops.planning import Chunk, Plan, Rows
@@ -36,8 +37,8 @@ class Layout:
         rows: all planned rows.
         row_labels: (N,) labels of the rows.
         segments: (B,) rows of each sequence.
-        lengths: the same on the host.
-        offsets: (B + 1,) the first row of each sequence and N; None while tracing.
+        lengths: the same on the host, where they are known.
+        offsets: (B + 1,) the first row of each sequence and N; None where lengths are not known, and in a trace.
         sequence_of: (N,) the sequence of each row.
         mask: (N,) True where a row carries loss; None where all do.
     """
@@ -65,9 +66,9 @@ class Layout:
                 f"the plan is of {plan.positions} labels on {plan.segments.device}: "
                 f"got {labels.numel()} on {labels.device}"
             )
-        if labels.ndim == 2 and len(plan.lengths) != labels.shape[0]:
-            raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got labels {tuple(labels.shape)}")
-        count, segments = sum(plan.lengths), plan.segments
+        if labels.ndim == 2 and plan.batch != labels.shape[0]:
+            raise ValueError(f"the plan is of {plan.batch} sequences: got labels {tuple(labels.shape)}")
+        count, segments = plan.count, plan.segments
         rows = Rows(((0, count),), plan.rows)
         row_labels = rows.gather(labels.reshape(-1))
         offsets = _offsets(plan, labels.device)
@@ -83,7 +84,7 @@ class Layout:
                 raise ValueError("the plan is of labels with other loss tokens")
         if cu_seqlens is not None:
             _check_bounds(cu_seqlens, labels, plan)
-        return Layout(labels, rows, row_labels, segments, plan.lengths, offsets, sequence_of, mask)
+        return Layout(labels, rows, row_labels, segments, plan.lengths or (), offsets, sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
         """Row values (N,) in the shape of labels, 0 where there is no loss; differentiable."""
@@ -207,8 +208,8 @@ def masked_stats(stats: Stats, mask: Tensor | None) -> Stats:
 
 def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
     """Raise ValueError where a plan is of other sequences than ``cu_seqlens``."""
-    if cu_seqlens.numel() != len(plan.lengths) + 1:
-        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
+    if cu_seqlens.numel() != plan.batch + 1:
+        raise ValueError(f"the plan is of {plan.batch} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
     if looks_at(labels):
         bounds = check_cu_seqlens(cu_seqlens, labels.numel())
         before = torch.nn.functional.pad((labels.cpu() != IGNORE).cumsum(0), (1, 0))
@@ -217,7 +218,7 @@ def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
         lengths = check_cu_seqlens(cu_seqlens, labels.numel()).diff()
     else:
         return
-    if lengths.tolist() != list(plan.lengths):
+    if plan.lengths is not None and lengths.tolist() != list(plan.lengths):
         raise ValueError(
             f"the plan is of other sequences than cu_seqlens, of {list(plan.lengths)[:8]} loss tokens: got "
             f"{lengths.tolist()[:8]}"
@@ -231,6 +232,7 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
         if name in SCALAR and isinstance(value, (int, float)):
             return _number(value, labels.device), False
         raise ValueError(f"{name} must be a tensor: got {type(value).__name__}")
+    require_tensors(**{name: value})
     same_device(labels, **{name: value})
     if name in PER_SEQUENCE or name in TOKEN_FLAGS:
         if value.dtype != torch.bool:
@@ -262,19 +264,19 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
 
 
 def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
-    """(B + 1,) int64, from the lengths on the host; a trace is not tied to them."""
-    if torch.compiler.is_compiling():
+    """(B + 1,) int64, from the lengths on the host; None where these are not known, or would tie a trace to them."""
+    if plan.lengths is None or torch.compiler.is_compiling():
         return None
     return torch.tensor([0, *accumulate(plan.lengths)], device="cpu").to(device, non_blocking=True)
 
 
 def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:
     """Loss tokens of each sequence (B,), of the call and of its chosen half, of these at least 1."""
-    half = len(layout.lengths) // 2
+    half = layout.segments.shape[0] // 2
     lengths = layout.segments
     if layout.mask is not None:
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
-    elif not torch.compiler.is_compiling():
+    elif layout.lengths and not torch.compiler.is_compiling():
         return lengths, max(1, sum(layout.lengths)), max(1, sum(layout.lengths[:half]))
     return lengths, lengths.sum().clamp_min(1), lengths[:half].sum().clamp_min(1)
 

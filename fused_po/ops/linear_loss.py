@@ -238,7 +238,7 @@ def _warn_inside_checkpoint() -> None:
     if torch.compiler.is_compiling():
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         warnings.warn(
             "linear_loss makes its gradient in the forward: inside activation checkpointing it runs twice", stacklevel=3
         )

@@ -57,10 +57,10 @@ def stats_loss(
     missing = [name for name in loss.statistics if name in loss.needs and name not in present]
     if missing:
         raise ValueError(f"loss {loss.name!r} needs statistics that were not asked for: {', '.join(missing)}")
+    require_tensors(labels=labels, **present)
     for name, value in present.items():
         if value.shape != labels.shape:
             raise ValueError(f"{name} must have the shape of labels {tuple(labels.shape)}: got {tuple(value.shape)}")
-    require_tensors(labels=labels)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64: got {labels.dtype}")
     same_device(labels, **present)
