@@ -66,8 +66,9 @@ def sequence_log_ratio(stats: Stats, batch: Batch) -> Tensor:
     return difference(batch.sum_per_sequence(policy_logp(stats)), reference)
 
 
-def difference(left: Tensor, right: Tensor, limit: float = HUGE) -> Tensor:
-    """``left - right`` of log-probs, clamped to +-limit (1e15); 0 where both are the same infinity."""
+def difference(left: Tensor, right: Tensor, limit: float | None = None) -> Tensor:
+    """``left - right`` of log-probs, clamped to +-limit, default 1e15; 0 where both are the same infinity."""
+    limit = HUGE if limit is None else limit
     found = left - right
     # equal, though their difference is not 0
     same = (left == right) != (found == 0)

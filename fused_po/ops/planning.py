@@ -146,7 +146,11 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
     """
     device = labels.device if device is None else torch.device(device)
     # labels without values: every position is a row
-    loss = labels.detach().to("cpu") != IGNORE if has_values(labels) else torch.ones(labels.shape, dtype=torch.bool)
+    loss = (
+        labels.detach().to("cpu") != IGNORE
+        if has_values(labels)
+        else torch.ones(labels.shape, dtype=torch.bool, device="cpu")
+    )
     if labels.ndim == 2 and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if labels.ndim == 2:
