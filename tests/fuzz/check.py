@@ -40,7 +40,7 @@ def _differences(problem: Problem, found: Found) -> Iterator[str]:
         scale = sum((triple[name].abs() * truth.slack[name]).sum() for name in triple) if exact else 0.0
         added = sum((triple[name] * stats[name]).abs().sum() for name in triple)
     eps = torch.finfo(problem.wide).eps
-    bound = scale + ULPS * eps * (added + value.abs()) + 1e-300
+    bound = scale + ULPS * eps * (added + value.abs()) + torch.finfo(problem.wide).smallest_normal
     yield from _compare("value", found.value, value, bound)
     if exact and problem.split is None:
         plain = truth.plain()
