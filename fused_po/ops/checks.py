@@ -149,11 +149,11 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
     if softcap is not None:
         require_number("softcap", softcap)
     require_number("logit_scale", logit_scale)
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number: got {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None: got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite: got {logit_scale}")
 
 
@@ -194,7 +194,7 @@ def row_temperatures(
     dtype: torch.dtype,
     lengths: Sequence[int] = (),
 ) -> Tensor | None:
-    """Temperatures per position, flat, in ``dtype``; None where the temperature is one number for all.
+    """Temperatures per position, flat, in ``dtype``; None where a number serves all, which in a trace is 1 alone.
 
     Args:
         temperature: a number, a 0-dimensional tensor, (B,), or the shape of labels.
@@ -207,7 +207,10 @@ def row_temperatures(
             ``FUSED_PO_CHECK=1``, a value that is not positive.
     """
     if not isinstance(temperature, Tensor):
-        return None
+        if not torch.compiler.is_compiling() or temperature == 1.0:
+            return None
+        # as a number it would be compiled for anew with each value
+        temperature = torch.full((), temperature, dtype=dtype, device=labels.device)
     found = _spread_temperatures(temperature, labels, spread, dtype, lengths)
     if looks_at(labels):
         read = found[labels.reshape(-1) != IGNORE]

@@ -73,7 +73,7 @@ def stats_loss(
     # of statistics in half precision at least the side inputs keep their digits
     wide = accumulation_dtype(rows["logp"].dtype)
     rows = {name: value.to(wide) if value.is_floating_point() else value for name, value in rows.items()}
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     others = {name: value.detach() for name, value in rows.items() if name not in loss.differentiates}
     through = [rows[name] for name in loss.differentiates]
     if torch.is_grad_enabled():

@@ -71,7 +71,7 @@ def token_stats(
     same_device(logits, labels=labels)
     check_labels(labels, logits.shape[-1])
     temperatures = row_temperatures(temperature, labels, None, accumulation_dtype(logits.dtype))
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    number = float(temperature) if temperatures is None else 1.0
     asked = tuple(name for name in STATISTICS if name in outputs)
     *values, _ = torch.ops.fused_po.token_stats(
         logits, labels, temperatures, number, softcap, logit_scale, ",".join(asked), inplace, backend

@@ -66,7 +66,7 @@ class Program:
         ops = {i.op[:3] for i in kernel.instructions}
         moves = [i for i in kernel.instructions if i.op[0] in ("ld", "st", "ldmatrix", "stmatrix") and "shared" in i.op]
         sizes = [int(i.op[-1].lstrip("bfsu")) // 8 for i in moves]
-        self.grain = min(4, *sizes)
+        self.grain = min([4, *sizes])
         self.proxied = ("cp", "async", "bulk") in ops or any(op[0] == "wgmma" for op in ops)
 
     def function(self, number: int) -> Any:
@@ -147,7 +147,7 @@ class Machine(Calls):
     def run(self) -> None:
         threads = self.threads
         while (threads.status != DONE).any():
-            if self.engine.queue:
+            if self.engine.queue or self.engine.copies:
                 self.engine.land(self.scheduler.landing())
                 self.meeting.wake_at_mbarriers()
             if not (threads.status == READY).any():
