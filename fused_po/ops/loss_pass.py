@@ -133,7 +133,8 @@ class LossPass:
             self.groups.append((chunk.rows, groups))
         if self.call.wanted.any:
             triple = Coefficients(*(None if c is None else arranged.arranged(c) for c in triple))
-            if not self.several and chunk.rows.count <= self.route.waiting and triple.logp is not None:
+            waits = not self.several and not self.names and chunk.rows.count <= self.route.waiting
+            if waits and triple.logp is not None:
                 self.pending = (sweep, arranged, triple.logp)
             else:
                 sweep.backward(triple, self._gradients, groups)
