@@ -39,9 +39,9 @@ def route_seconds(route: Route, rows: int, *, fused: bool) -> dict[str, float]:
     block, columns = route.shape(again)
     blocks, slices = -(-again // block), -(-sizes.vocab // columns)
     accumulates = wanted.weight and (several or route.wide or blocks > 1)
-    again_scaled = accumulating(sizes) * added if sizes.compute == torch.float16 and several else 0.0
     rounds = accumulates and sizes.accumulator > 0
     added = (-(-rows // chunk) if several else 1 + (blocks if kept else blocks - 1) if again else 1) - 1
+    again_scaled = accumulating(sizes) * added if sizes.compute == torch.float16 and several else 0.0
     tiles = PRICES.moved(elements * sizes.wide) + (PRICES.moved(kept * sizes.vocab * sizes.narrow) if wanted.any else 0)
     return {
         "the products": product * (1 + wanted.hidden + wanted.weight),
