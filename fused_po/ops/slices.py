@@ -78,7 +78,7 @@ def add_pieces(
     if run.dropping:
         pieces = [piece for piece in pieces if not piece.kept]
     for some in together(pieces):
-        if gradients.weight or gradients.biases or not some[0].kept:
+        if gradients.weight or gradients.biases or not all(piece.kept for piece in some):
             run.add_slices(some, groups)
 
 
