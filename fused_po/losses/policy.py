@@ -210,7 +210,8 @@ class PolicyLoss(Loss):
         if self.top_entropy_quantile >= 1.0:
             return None
         assert stats.entropy is not None
-        entropy = stats.entropy.detach()
+        # an interpolated bound between two values an ulp apart must not fall on one of them
+        entropy = stats.entropy.detach().double()
         tokens = batch.loss_tokens()
         return tokens & (entropy >= quantile(entropy, tokens, 1.0 - self.top_entropy_quantile))
 

@@ -278,7 +278,8 @@ def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:
         lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
     elif layout.lengths and not torch.compiler.is_compiling():
         return lengths, max(1, sum(layout.lengths)), max(1, sum(layout.lengths[:half]))
-    return lengths, lengths.sum().clamp_min(1), lengths[:half].sum().clamp_min(1)
+    # a tensor of whole numbers times a float would be of torch's default dtype
+    return lengths, lengths.sum().clamp_min(1).double(), lengths[:half].sum().clamp_min(1).double()
 
 
 def _normaliser(name: str, value: Number, device: torch.device) -> Number:
