@@ -13,15 +13,23 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ROW_OPTIONS", "TABLE", "architecture", "block_and_warps", "block_product_config", "launch_config", "override"]
+__all__ = [
+    "ROW_OPTIONS",
+    "TABLE",
+    "architecture",
+    "block_and_warps",
+    "block_product_config",
+    "launch_config",
+    "override",
+]
 
 TABLE = Path(__file__).with_suffix(".json")
 
 Config = dict[str, int]
 
-# Logits are products, and differences of them must be those of the products as rounded: fused into one instruction, the
-# largest logit of a row would not be at distance 0 from the maximum. Where fusing is right the kernels say so themselves.
-# Given in any case, since Triton's default is another from 3.10 on.
+# Logits are products, and their differences must be those of the products as rounded: fused into one instruction, a
+# row's largest logit would not be at distance 0 from the maximum. Where fusing is right, the kernels say so. Both are
+# given since Triton's default is another from 3.10 on.
 ROW_OPTIONS = {"enable_fp_fusion": False}
 PRODUCT_OPTIONS = {"enable_fp_fusion": True}
 

@@ -21,16 +21,17 @@ def to_logits(x, inverse, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
     """Raw head output to logits z and the slope dz/dx."""
     if HAS_SOFTCAP:
         a = x * tl.div_rn(logit_scale, softcap)
-        # the minimax polynomial of Cephes' tanhf; beyond it the difference to 1 is small
+        # up to 1 a fit of tanh(a) / a in a^2, relative error 5e-9: beyond, what 1 - tanh|a| is off by weighs little
         a2 = a * a
-        fit = tl.fma(tl.fma(a2, -5.70498872745e-3, 2.06390887954e-2), a2, -5.37397155531e-2)
-        fit = tl.fma(tl.fma(fit, a2, 1.33314422036e-1), a2, -3.33332819422e-1)
+        fit = tl.fma(tl.fma(a2, -0.000358445890, 0.00230134302), a2, -0.00794607680)
+        fit = tl.fma(tl.fma(fit, a2, 0.0214866381), a2, -0.0538797937)
+        fit = tl.fma(tl.fma(fit, a2, 0.133323446), a2, -0.333332956)
         small = tl.fma(fit * a2, a, a)
         # 2 e^(-2|a|), then 1 - tanh|a|, of which 1 - tanh^2 is made without a difference
         twice = 2.0 * tl.exp(-2.0 * tl.abs(a))
         rest = twice / tl.fma(twice, 0.5, 1.0)
         large = 1.0 - rest
-        is_small = tl.abs(a) < 0.625
+        is_small = tl.abs(a) < 1.0
         tanh = tl.where(is_small, small, tl.where(a < 0, -large, large))
         z = tanh * (softcap * inverse)
         slope = tl.where(is_small, tl.fma(-small, small, 1.0), tl.fma(rest, large, rest)) * (logit_scale * inverse)

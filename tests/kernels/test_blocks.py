@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fused_po.kernels import blocks
 from fused_po.testing import assert_accurate
 from tests.kernels.test_rows import FLOATS, interpreted_or_skip
+from tests.losses.test_determinism import ATOMIC, Recorder
 
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
@@ -89,6 +91,26 @@ def test_rows_that_are_nothing_or_not_finite():
     assert not kept[0].any()
     assert kept[1].all() and kept[2].all()
     assert kept[3].any() and not kept[3].all()
+
+
+def test_deterministic_mode_refuses_nothing():
+    """No sum of floats in an order that torch does not promise on a GPU: the operations that run are looked at."""
+    tile = peaked(70, 2000).float()
+    with Recorder() as recorder:
+        blocks.kept_blocks(tile, TAU, 64, 128)
+    assert "linalg_vector_norm" in recorder.names
+    assert recorder.names.isdisjoint(ATOMIC)
+
+
+def test_on_a_gpu_nothing_is_dropped_unless_a_backend_is_named(monkeypatch, caplog):
+    tile = SimpleNamespace(is_cuda=True)
+    monkeypatch.delenv("FUSED_PO_BACKEND", raising=False)
+    blocks._tell_that_nothing_is_dropped.cache_clear()
+    assert blocks.choose(tile, TAU, None) is None
+    assert blocks.choose(tile, TAU, None) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "max_dropped_mass is left unused on a GPU" in caplog.text
+    assert blocks.choose(peaked(3, 600), TAU, "reference").shape == (3, 3)
 
 
 def test_no_row_and_one_column():
