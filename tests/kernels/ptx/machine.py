@@ -66,7 +66,7 @@ class Program:
         ops = {i.op[:3] for i in kernel.instructions}
         moves = [i for i in kernel.instructions if i.op[0] in ("ld", "st", "ldmatrix", "stmatrix") and "shared" in i.op]
         sizes = [int(i.op[-1].lstrip("bfsu")) // 8 for i in moves]
-        self.grain = min(4, *sizes)
+        self.grain = min([4, *sizes])
         self.proxied = ("cp", "async", "bulk") in ops or any(op[0] == "wgmma" for op in ops)
 
     def function(self, number: int) -> Any:
@@ -171,7 +171,7 @@ class Machine(Calls):
         first, last = int(lanes[0]), int(lanes[-1])
         I = slice(first, last + 1) if last - first + 1 == len(lanes) else lanes  # noqa: E741
         warps = int(np.count_nonzero(np.diff(self.threads.warp[lanes]))) + 1
-        self.counters.instructions += WARP * warps * len(block.instructions)
+        self.counters.instructions += WARP * warps * block.issued
         self.counters.special += WARP * warps * block.special
         try:
             result = function(self, self.registers, I, len(lanes))
