@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from bench.counters import section as counters_section
 from bench.on_paper import paper_section
 from bench.targets import OURS, results_by_case, targets
 from fused_po.bench.methods import NAMES
@@ -234,7 +235,7 @@ def page() -> str:
     lines = [HEAD, *([] if on_gpu else [NO_GPU])]
     lines += [line for name, report in cases.items() for line in report_section(name, report)]
     lines += [line for report in rows.values() for line in rows_table(report)]
-    lines += paper_section()
+    lines += [*paper_section(), *counters_section()]
     reports = list(cases.values())
     lines += [*predictions_section(reports), *targets_section(reports)]
     return "\n".join(lines).rstrip() + "\n"

@@ -10,11 +10,13 @@ Statistics are those of the batch at hand: with several ranks, gather rewards fi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from fused_po.segments import Segments
 
 __all__ = ["gae", "group_relative", "leave_one_out", "reinforce_plus_plus", "rollout_importance_weight", "whiten"]
 
@@ -51,7 +53,7 @@ def gae(
     and a reward that stands at one is lost. Unlike there, advantages are not whitened: see ``whiten``.
 
     Args:
-        rewards: (B, S), or packed (N,); floating point.
+        rewards: (B, S), or packed (N,); floating point, or whole numbers, which make the result float32.
         values: the critic's, in the shape of ``rewards``; floating point.
         mask: bool in the shape of ``rewards``, True where a token carries loss; None where all do.
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
@@ -65,6 +67,7 @@ def gae(
         ValueError: shapes, dtypes or devices that do not fit, ``gamma`` or ``lam`` outside [0, 1].
     """
     _check_unit(gamma=gamma, lam=lam)
+    rewards = _fractional(rewards)
     tokens = _loss_tokens(mask, cu_seqlens, rewards=rewards, values=values)
     value = tokens.take(values)
     delta = tokens.take(rewards) + gamma * tokens.following(value) - value
@@ -86,7 +89,7 @@ def group_relative(
     no mean and no std; a group with one reward gets 0.
 
     Args:
-        rewards: (B,), floating point, one per sequence.
+        rewards: (B,), one per sequence, floating point, or whole numbers, which make the result float32.
         num_generations: sequences per group, where groups are consecutive blocks.
         groups: (B,) int, the group of each sequence, in any order and of any sizes; on the device of ``rewards``.
         scale: ``"group"``, the unbiased std of the group; ``"batch"``, that of all rewards (arXiv 2508.08221);
@@ -103,11 +106,13 @@ def group_relative(
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     _check_eps(eps)
+    rewards = _fractional(rewards)
     members = _groups(rewards, num_generations, groups)
-    reward = members.take(rewards)
+    reward = members.centred(members.take(rewards))
     count, total, std = members.moments(reward)
     if scale == "batch":
-        std = replace(members, lengths=members.lengths.sum(0, keepdim=True)).moments(reward)[2]
+        everyone = replace(members, lengths=members.lengths.sum(0, keepdim=True))
+        std = everyone.moments(everyone.centred(members.take(rewards)))[2]
     advantage = reward - total / count
     if scale != "none":
         advantage = advantage / (std + eps)
@@ -121,7 +126,7 @@ def leave_one_out(rewards: Tensor, *, num_generations: int | None = None, groups
     gets 0, as there and in verl's ``rloo_vectorized``; verl's ``rloo`` keeps the reward itself.
 
     Args:
-        rewards: (B,), floating point, one per sequence.
+        rewards: (B,), one per sequence, floating point, or whole numbers, which make the result float32.
         num_generations: sequences per group, where groups are consecutive blocks.
         groups: (B,) int, the group of each sequence, in any order and of any sizes; on the device of ``rewards``.
 
@@ -132,8 +137,9 @@ def leave_one_out(rewards: Tensor, *, num_generations: int | None = None, groups
         ValueError: both or neither of ``num_generations`` and ``groups``, B not a multiple of ``num_generations``, or
             shapes, dtypes or devices that do not fit.
     """
+    rewards = _fractional(rewards)
     members = _groups(rewards, num_generations, groups)
-    reward = members.take(rewards)
+    reward = members.centred(members.take(rewards))
     count, total, _ = members.moments(reward)
     # 0 / 0 where there are no others
     advantage = reward - (total - reward) / (count - 1.0)
@@ -150,7 +156,7 @@ def reinforce_plus_plus(
     over the number of loss tokens, to which verl adds 1e-8.
 
     Args:
-        rewards: (B, S), or packed (N,); floating point.
+        rewards: (B, S), or packed (N,); floating point, or whole numbers, which make the result float32.
         mask: bool in the shape of ``rewards``, True where a token carries loss; None where all do.
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
         gamma: 1.0, discount in [0, 1].
@@ -162,6 +168,7 @@ def reinforce_plus_plus(
         ValueError: shapes, dtypes or devices that do not fit, ``gamma`` outside [0, 1].
     """
     _check_unit(gamma=gamma)
+    rewards = _fractional(rewards)
     tokens = _loss_tokens(mask, cu_seqlens, rewards=rewards)
     returns = tokens.discounted(tokens.take(rewards), gamma)
     return tokens.put(_whitened(returns, True, WHITEN_EPS), rewards.dtype)
@@ -170,7 +177,7 @@ def reinforce_plus_plus(
 def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = WHITEN_EPS) -> Tensor:
     """``(v - mean) / sqrt(var + eps)`` over the loss tokens of the batch, with the unbiased variance.
 
-    Equal values become 0, to rounding, and a single one exactly; without any the result is all 0.
+    Equal values become 0; without any the result is all 0.
 
     Args:
         values: (B, S) or (N,), floating point.
@@ -246,64 +253,7 @@ def rollout_importance_weight(
     return weight.to(dtype) if level == "sequence" else tokens.put(weight, dtype)
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """The K elements of a tensor that count, segment after segment: loss tokens of sequences, sequences of groups."""
-
-    shape: torch.Size  # of the tensor
-    index: Tensor  # (K,) positions in the flat tensor
-    lengths: Tensor  # (segments,)
-    longest: int  # no segment is longer
-
-    def take(self, values: Tensor) -> Tensor:
-        """The elements: the tensor's shape -> (K,) float64, detached."""
-        return values.detach().reshape(-1)[self.index].double()
-
-    def put(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """(K,) -> the tensor's shape, 0 where nothing counts."""
-        flat = values.new_zeros(self.shape.numel(), dtype=dtype)
-        flat[self.index] = values.to(dtype)
-        return flat.reshape(self.shape)
-
-    def left(self) -> Tensor:
-        """How many elements stand behind each in its segment, (K,)."""
-        count = self.index.shape[0]
-        ends = self.lengths.cumsum(0).repeat_interleave(self.lengths, output_size=count)
-        return ends - torch.arange(1, count + 1, device=ends.device)
-
-    def following(self, values: Tensor) -> Tensor:
-        """The next value of the segment, 0 behind the last: (K,) -> (K,)."""
-        return torch.where(self.left() > 0, values.roll(-1), 0.0)
-
-    def discounted(self, values: Tensor, factor: float) -> Tensor:
-        """``sum_l factor^l v_{t+l}`` to the end of the segment: (K,) -> (K,).
-
-        By doubling: the sum over 2 s elements is that over s, plus factor^s times that over the next s. A loop over
-        tokens would launch thousands of kernels.
-        """
-        values, left, step = values.clone(), self.left(), 1
-        while step < self.longest and factor > 0.0:
-            values[:-step] += factor * torch.where(left[:-step] >= step, values[step:], 0.0)
-            step, factor = 2 * step, factor * factor
-        return values
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over each segment: (K,) -> (segments,)."""
-        return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0.0)
-
-    def spread_sum(self, values: Tensor) -> Tensor:
-        """Sum over its segment, for each element: (K,) -> (K,)."""
-        return self.sum(values).repeat_interleave(self.lengths, output_size=values.shape[0])
-
-    def moments(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, sum and unbiased std (0 of a single one) of its segment's values that are not NaN, each (K,)."""
-        known = ~values.isnan()
-        count, total = self.spread_sum(known.double()), self.spread_sum(torch.where(known, values, 0.0))
-        squares = self.spread_sum(torch.where(known, (values - total / count).square(), 0.0))
-        return count, total, (squares / (count - 1.0).clamp_min(1.0)).sqrt()
-
-
-def _loss_tokens(mask: Tensor | None, cu_seqlens: Tensor | None, **inputs: Tensor) -> _Segments:
+def _loss_tokens(mask: Tensor | None, cu_seqlens: Tensor | None, **inputs: Tensor) -> Segments:
     """The loss tokens of sequences; ``inputs`` by name must agree in shape and device, the first one says which."""
     name, first = next(iter(inputs.items()))
     for other, tensor in inputs.items():
@@ -332,10 +282,10 @@ def _loss_tokens(mask: Tensor | None, cu_seqlens: Tensor | None, **inputs: Tenso
     if not ends or ends[0] != 0 or ends[-1] != count or min(rises, default=0) < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to {count}, the number of tokens: got {ends[:8]}")
     index = torch.searchsorted(before, torch.arange(1, total + 1, device=device)) - 1
-    return _Segments(shape, index, before[bounds].diff(), max(rises, default=0))
+    return Segments(shape, index, before[bounds].diff(), max(rises, default=0))
 
 
-def _groups(rewards: Tensor, num_generations: int | None, groups: Tensor | None) -> _Segments:
+def _groups(rewards: Tensor, num_generations: int | None, groups: Tensor | None) -> Segments:
     _check_kind("rewards", rewards, "a floating point")
     if rewards.ndim != 1:
         raise ValueError(f"rewards must be (B,), one per sequence: got {tuple(rewards.shape)}")
@@ -353,16 +303,25 @@ def _groups(rewards: Tensor, num_generations: int | None, groups: Tensor | None)
     else:
         got = "neither" if groups is None else "both"
         raise ValueError(f"give either num_generations or groups: got {got}")
-    return _Segments(rewards.shape, order, lengths, count)
+    return Segments(rewards.shape, order, lengths, count)
 
 
 def _whitened(values: Tensor, shift_mean: bool, eps: float) -> Tensor:
     count = values.shape[0]
+    # the first value as the origin: equal values have no mean to round
+    origin = values[:1]
+    values = values - origin
     mean = values.sum() / max(count, 1)
     centred = values - mean
     variance = centred.square().sum() / max(count - 1, 1)
     scaled = centred * (variance + eps).rsqrt()
-    return scaled if shift_mean else scaled + mean
+    return scaled if shift_mean else scaled + mean + origin
+
+
+def _fractional(rewards: Tensor) -> Tensor:
+    """Whole numbers and flags as float32."""
+    whole = isinstance(rewards, Tensor) and not rewards.is_floating_point() and not rewards.is_complex()
+    return rewards.float() if whole else rewards
 
 
 def _check_kind(name: str, values: Tensor, kind: str) -> None:

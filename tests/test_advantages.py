@@ -369,7 +369,7 @@ BAD = [
     (group_relative, (P,), {"groups": G[:3]}, r"groups must have .*\(6,\) on cpu: got \(3,\)"),
     (group_relative, (P,), {"groups": G.to(META)}, "groups must have .* on meta"),
     (group_relative, (R,), {"groups": M.int()}, r"rewards must be \(B,\).*: got \(2, 3\)"),
-    (leave_one_out, (G,), {"groups": G}, "rewards must be a floating point tensor: got torch.int64"),
+    (leave_one_out, (G * 1j,), {"groups": G}, "rewards must be a floating point tensor: got torch.complex64"),
     (weigh, (R, R), {"mode": "mask"}, "unknown mode 'mask': expected one of token_tr"),
     (weigh, (R, P), {}, r"sampling_logp must have .* of old_logp.*: got \(6,\)"),
     (weigh, (R, R), {"clip_max": NAN}, "clip_max must not be negative: got nan"),

@@ -28,7 +28,8 @@ PUBLIC = set(fused_po.__all__)
 # parts of the package, and other packages, that each part may import beside itself and the standard library
 MAY_IMPORT = {
     "stats.py": {"torch"},
-    "advantages.py": {"torch"},
+    "advantages.py": {"torch", "segments"},
+    "segments.py": {"torch"},
     "losses": {"torch", "stats"},
     "splits.py": {"torch", "losses"},
     "kernels": {"torch", "triton", "filelock", "stats"},

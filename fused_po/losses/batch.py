@@ -35,7 +35,7 @@ class Batch:
         segments: (B,) int64, rows of each sequence; they sum to N.
         lengths: (B,) int64, loss tokens of each sequence. Equal to ``segments`` unless ``mask`` is given.
         mask: (N,) bool, True where a row carries loss; None where all do. Use the reductions below, which heed it.
-        num_tokens, num_sequences, num_pairs: normalisers of the whole call (or of all ranks, where the caller gave
+        num_tokens, num_sequences: normalisers of the whole call (or of all ranks, where the caller gave
             them), never of this chunk.
         num_chosen_tokens: normaliser of the tokens of chosen answers; where it was not given but ``num_sequences``
             was, those of the call times what that is of the call's sequences.
@@ -45,6 +45,10 @@ class Batch:
         per_token: side inputs (N,).
         per_sequence: side inputs (B,).
         scalars: side inputs ().
+        own_tokens: loss tokens of the call itself, at least 1: what its metrics are means over.
+        some_empty: there may be sequences without a loss token.
+        offsets: (B + 1,) int64, the first row of each sequence and N; None where it is not known.
+        sequence_of: (N,) int64, the sequence of each row; None likewise. Both spare the reductions below work.
     """
 
     segments: Tensor  # (B,)
@@ -53,13 +57,21 @@ class Batch:
     token_lengths: Tensor  # (N,)
     num_tokens: Tensor  # ()
     num_sequences: Tensor  # ()
-    num_pairs: Tensor  # ()
     num_call_tokens: Tensor  # ()
     num_chosen_tokens: Tensor  # ()
+    own_tokens: Tensor  # ()
     mask: Tensor | None = None  # (N,)
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Tensor | None = None  # (B + 1,)
+    sequence_of: Tensor | None = None  # (N,)
+    some_empty: bool = True
+
+    @property
+    def num_pairs(self) -> Tensor:
+        """Half of ``num_sequences``, ()."""
+        return self.num_sequences / 2
 
     def token(self, name: str) -> Tensor | None:
         """Side input ``name`` per token (N,); None where it was not given.
@@ -95,11 +107,12 @@ class Batch:
 
     def spread(self, values: Tensor) -> Tensor:
         """(B,) -> (N,): each token gets the value of its sequence."""
-        return spread(values, self.segments, self.chosen.shape[0])
+        return spread(values, self.segments, self.chosen.shape[0], self.sequence_of, self.offsets)
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """Sum over the tokens that carry loss: (N,) -> (), in float64."""
-        return self._masked(values).sum()
+        # widened on the way, which takes no pass of its own
+        return values.sum(dtype=torch.float64) if self.mask is None else self._masked(values).sum()
 
     def mean_tokens(self, values: Tensor) -> Tensor:
         """This batch's share of the mean over the call's loss tokens: (N,) -> (), float64."""
@@ -127,11 +140,11 @@ class Batch:
         return running - self.spread(self.lengths.cumsum(0) - self.lengths)
 
     def sum_per_sequence(self, values: Tensor) -> Tensor:
-        """Sum over the loss tokens of each sequence: (N,) -> (B,), in float64.
+        """Sum over the loss tokens of each sequence: (N,) or (N, K) -> (B,) or (B, K), in float64.
 
         float32 sums move a preference margin by 1e-3 at 2,048 tokens.
         """
-        return sum_segments(self._masked(values), self.segments)
+        return sum_segments(self._masked(values), self.segments, self.offsets)
 
     def mean_per_sequence(self, values: Tensor) -> Tensor:
         """Mean over the loss tokens of each sequence, 0 for an empty one: (N,) -> (B,), float64."""
@@ -141,14 +154,16 @@ class Batch:
         """This batch's share of the mean over the call's sequences: (B,) -> (). Empty sequences count, but add
         nothing.
         """
-        return torch.where(self.lengths > 0, values, 0.0).sum() / self.num_sequences
+        return (torch.where(self.lengths > 0, values, 0.0) if self.some_empty else values).sum() / self.num_sequences
 
     def mean_pairs(self, values: Tensor) -> Tensor:
         """This batch's share of the mean over the call's pairs: (B/2,) -> (). A pair without any loss token adds
         nothing.
         """
-        chosen, rejected = self.halves(self.lengths)
-        return torch.where(chosen + rejected > 0, values, 0.0).sum() / self.num_pairs
+        if self.some_empty:
+            chosen, rejected = self.halves(self.lengths)
+            values = torch.where(chosen + rejected > 0, values, 0.0)
+        return values.sum() / self.num_pairs
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen and the rejected half of per-sequence values: (B,) -> (B/2,), (B/2,).
@@ -156,11 +171,17 @@ class Batch:
         Raises:
             ValueError: an odd number of sequences.
         """
-        half, odd = divmod(values.shape[0], 2)
+        # a trace takes no remainder of a size
+        half = values.shape[0] // 2
+        odd = 2 * half != values.shape[0]
         if odd:
             raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {values.shape[0]}")
-        return values[:half], values[half:]
+        # one operation to differentiate, where two slices are five
+        chosen, rejected = values.unflatten(0, (2, half)).unbind()
+        return chosen, rejected
 
     def _masked(self, values: Tensor) -> Tensor:
         values = values.double()
-        return values if self.mask is None else torch.where(self.mask, values, 0.0)
+        if self.mask is None:
+            return values
+        return torch.where(self.mask if values.ndim == 1 else self.mask.unsqueeze(1), values, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_po.losses.batch import Batch
 from fused_po.losses.contract import Loss
-from fused_po.losses.metrics import entropy_metric, logit_metrics, pair_metrics, token_mean
+from fused_po.losses.metrics import pair_metrics, pair_token_metrics
 from fused_po.losses.registry import register
 from fused_po.losses.terms import (
     bounded_exp,
@@ -128,11 +128,15 @@ class ReferenceLoss(PairLoss):
 
     def log_ratios(self, stats: Stats, batch: Batch) -> Tensor:
         """Of each answer to the reference, (B,) float64."""
+        return difference(self.logps(stats, batch), self.reference_logps(batch))
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Summed log-probs of each answer under the reference, (B,) float64."""
         reference = batch.sequence("ref_logp")
         if self.ld_alpha is not None and "ref_logp" in batch.per_token:
             reference = self._summed(batch.per_token["ref_logp"], batch)
         assert reference is not None
-        return difference(self.logps(stats, batch), reference)
+        return reference
 
     def logps(self, stats: Stats, batch: Batch) -> Tensor:
         """Summed log-probs of each answer, (B,) float64."""
@@ -154,11 +158,9 @@ class ReferenceLoss(PairLoss):
         return choose(batch.positions() > batch.spread(shared), self.ld_alpha, 1.0)
 
     def metrics(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        rewards = self.beta * self.log_ratios(stats, batch)
-        found = pair_metrics(rewards, self.logps(stats, batch), batch)
-        found |= entropy_metric(stats, batch) | logit_metrics(stats, batch, batch.chosen)
-        assert stats.is_top1 is not None
-        return found | {"mean_token_accuracy": token_mean(stats.is_top1.double(), batch, batch.chosen)}
+        logps = self.logps(stats, batch)
+        rewards = self.beta * difference(logps, self.reference_logps(batch))
+        return pair_metrics(rewards, logps, batch) | pair_token_metrics(stats, batch)
 
     def _summed(self, values: Tensor, batch: Batch) -> Tensor:
         weight = self.token_weight(batch)

@@ -58,8 +58,8 @@ class SortedLoss(BatchPairLoss):
 
     def sorted_loss(self, upper: Tensor, lower: Tensor, members: Tensor) -> Tensor:
         """``sigmoid_loss(beta (upper - lower))`` of the sorted members: (P,), (P,), (P,) bool -> (P,)."""
-        ranked = [torch.where(members, side, torch.inf).sort().values for side in (upper, lower)]
-        loss = sigmoid_loss(self.beta * difference(*ranked), self.label_smoothing)
+        first, second = (torch.where(members, side, torch.inf).sort().values for side in (upper, lower))
+        loss = sigmoid_loss(self.beta * difference(first, second), self.label_smoothing)
         return torch.where(torch.arange(loss.shape[0], device=loss.device) < members.sum(), loss, 0.0)
 
 

@@ -125,10 +125,10 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float,
     """``-min(min(r, ceiling) A, clip(r, low, high) A)`` per token."""
     if ceiling < high:
         return -torch.minimum(ratio.clamp(max=ceiling) * advantage, ratio.clamp(low, high) * advantage)
-    free = (ratio if ceiling == math.inf else ratio.clamp(max=ceiling)) * advantage
-    # high A where A > 0, low A where A < 0
-    bound = torch.maximum(low * advantage, high * advantage)
-    return -torch.where(bound < free, bound, free)
+    loss = (ratio if ceiling == math.inf else ratio.clamp(max=ceiling)) * -advantage
+    # minus high A where A > 0, minus low A where A < 0
+    bound = torch.minimum(-low * advantage, -high * advantage)
+    return torch.where(bound > loss, bound, loss)
 
 
 def reinforce(weight: Tensor, logp: Tensor, batch: Batch, shift: float = 0.0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fused_po.ops.checks import (
     require_number,
     require_real,
     require_said,
+    require_tensors,
     same_device,
 )
 from fused_po.ops.planning import Chunk, Plan, Rows
@@ -35,7 +37,8 @@ class Layout:
         rows: all planned rows.
         row_labels: (N,) labels of the rows.
         segments: (B,) rows of each sequence.
-        lengths: the same on the host.
+        lengths: the same on the host, where they are known.
+        offsets: (B + 1,) the first row of each sequence and N; None where lengths are not known, and in a trace.
         sequence_of: (N,) the sequence of each row.
         mask: (N,) True where a row carries loss; None where all do.
     """
@@ -45,6 +48,7 @@ class Layout:
     row_labels: Tensor  # (N,)
     segments: Tensor  # (B,)
     lengths: tuple[int, ...]
+    offsets: Tensor | None  # (B + 1,)
     sequence_of: Tensor  # (N,)
     mask: Tensor | None  # (N,)
 
@@ -62,13 +66,16 @@ class Layout:
                 f"the plan is of {plan.positions} labels on {plan.segments.device}: "
                 f"got {labels.numel()} on {labels.device}"
             )
-        if labels.ndim == 2 and len(plan.lengths) != labels.shape[0]:
-            raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got labels {tuple(labels.shape)}")
-        count, segments = sum(plan.lengths), plan.segments
+        if labels.ndim == 2 and plan.batch != labels.shape[0]:
+            raise ValueError(f"the plan is of {plan.batch} sequences: got labels {tuple(labels.shape)}")
+        count, segments = plan.count, plan.segments
         rows = Rows(((0, count),), plan.rows)
         row_labels = rows.gather(labels.reshape(-1))
-        sequences = torch.arange(len(plan.lengths), device=labels.device)
-        sequence_of = sequences.repeat_interleave(segments, output_size=count)
+        offsets = _offsets(plan, labels.device)
+        if offsets is None:
+            sequence_of = torch.repeat_interleave(segments, output_size=count)
+        else:
+            sequence_of = torch.searchsorted(offsets[1:], torch.arange(count, device=labels.device), right=True)
         mask = row_labels != IGNORE if plan.masked else None
         if mask is None and looks_at(labels):
             kept = labels != IGNORE
@@ -77,7 +84,7 @@ class Layout:
                 raise ValueError("the plan is of labels with other loss tokens")
         if cu_seqlens is not None:
             _check_bounds(cu_seqlens, labels, plan)
-        return Layout(labels, rows, row_labels, segments, plan.lengths, sequence_of, mask)
+        return Layout(labels, rows, row_labels, segments, plan.lengths or (), offsets, sequence_of, mask)
 
     def fill(self, values: Tensor) -> Tensor:
         """Row values (N,) in the shape of labels, 0 where there is no loss; differentiable."""
@@ -104,7 +111,7 @@ def call_batch(
         side_inputs: by name; see ``fused_po.losses.batch`` for the shapes of each.
         num_items: number of loss tokens to normalise by; None counts those of the call.
         num_sequences: number of sequences to normalise by; None counts those of the call.
-        dtype: of side inputs per token; those per sequence become float64.
+        dtype: of side inputs that are given per token; others become float64.
         num_chosen_items: number of loss tokens of chosen answers to normalise by; None counts those of the call.
 
     Raises:
@@ -112,14 +119,23 @@ def call_batch(
     """
     count = layout.segments.shape[0]
     device = layout.labels.device
-    lengths = layout.segments
-    if layout.mask is not None:
-        lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
+    lengths, own_tokens, own_chosen = _counted(layout)
+    items = own_tokens if num_items is None else _normaliser("num_items", num_items, device)
     sequences = _normaliser("num_sequences", max(count, 1) if num_sequences is None else num_sequences, device)
     share = sequences / max(count, 1)
-    chosen_tokens = lengths[: count // 2].sum().clamp_min(1) * share
+    chosen_items = own_chosen * share
     if num_chosen_items is not None:
-        chosen_tokens = _normaliser("num_chosen_items", num_chosen_items, device)
+        chosen_items = _normaliser("num_chosen_items", num_chosen_items, device)
+    # what is known on the host is filled in, equal numbers once
+    known: dict[float, Tensor] = {}
+
+    def filled(number: Number) -> Tensor:
+        if isinstance(number, Tensor):
+            return number
+        if number not in known:
+            known[number] = _number(number, device)
+        return known[number]
+
     per_token: dict[str, Tensor] = {}
     per_sequence: dict[str, Tensor] = {}
     scalars: dict[str, Tensor] = {}
@@ -137,18 +153,22 @@ def call_batch(
         else:
             per_sequence[name] = tensor.double()
             if name in SPREAD:
-                per_token[name] = tensor.to(dtype).index_select(0, layout.sequence_of)
+                # in float64 as it is
+                per_token[name] = per_sequence[name].index_select(0, layout.sequence_of)
     return Batch(
         segments=layout.segments,
         lengths=lengths,
         chosen=layout.sequence_of < count // 2,
         token_lengths=lengths.index_select(0, layout.sequence_of),
-        num_tokens=_normaliser("num_items", lengths.sum() if num_items is None else num_items, device),
-        num_sequences=sequences,
-        num_pairs=sequences / 2,
-        num_call_tokens=lengths.sum().clamp_min(1) * share,
-        num_chosen_tokens=chosen_tokens,
+        num_tokens=filled(items),
+        num_sequences=filled(sequences),
+        num_call_tokens=filled(own_tokens * share),
+        num_chosen_tokens=filled(chosen_items),
+        own_tokens=filled(own_tokens),
+        some_empty=layout.mask is not None or torch.compiler.is_compiling() or min(layout.lengths, default=0) == 0,
         mask=layout.mask,
+        offsets=layout.offsets,
+        sequence_of=layout.sequence_of,
         per_token=per_token,
         per_sequence=per_sequence,
         scalars=scalars,
@@ -163,8 +183,12 @@ def chunk_batch(batch: Batch, chunk: Chunk) -> Batch:
     per_sequence = (
         {name: by_sequence(v) for name, v in batch.per_sequence.items()} if chunk.sequences else batch.per_sequence
     )
+    # sequences of a part would have to be numbered anew
+    whole = chunk.sequences == ((0, batch.segments.shape[0]),)
     return replace(
         batch,
+        offsets=batch.offsets if whole else None,
+        sequence_of=batch.sequence_of if whole else None,
         segments=by_sequence(batch.segments),
         lengths=by_sequence(batch.lengths),
         chosen=take(batch.chosen),
@@ -184,8 +208,8 @@ def masked_stats(stats: Stats, mask: Tensor | None) -> Stats:
 
 def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
     """Raise ValueError where a plan is of other sequences than ``cu_seqlens``."""
-    if cu_seqlens.numel() != len(plan.lengths) + 1:
-        raise ValueError(f"the plan is of {len(plan.lengths)} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
+    if cu_seqlens.numel() != plan.batch + 1:
+        raise ValueError(f"the plan is of {plan.batch} sequences: got {cu_seqlens.numel() - 1} in cu_seqlens")
     if looks_at(labels):
         bounds = check_cu_seqlens(cu_seqlens, labels.numel())
         before = torch.nn.functional.pad((labels.cpu() != IGNORE).cumsum(0), (1, 0))
@@ -194,7 +218,7 @@ def _check_bounds(cu_seqlens: Tensor, labels: Tensor, plan: Plan) -> None:
         lengths = check_cu_seqlens(cu_seqlens, labels.numel()).diff()
     else:
         return
-    if lengths.tolist() != list(plan.lengths):
+    if plan.lengths is not None and lengths.tolist() != list(plan.lengths):
         raise ValueError(
             f"the plan is of other sequences than cu_seqlens, of {list(plan.lengths)[:8]} loss tokens: got "
             f"{lengths.tolist()[:8]}"
@@ -208,6 +232,7 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
         if name in SCALAR and isinstance(value, (int, float)):
             return _number(value, labels.device), False
         raise ValueError(f"{name} must be a tensor: got {type(value).__name__}")
+    require_tensors(**{name: value})
     same_device(labels, **{name: value})
     if name in PER_SEQUENCE or name in TOKEN_FLAGS:
         if value.dtype != torch.bool:
@@ -238,8 +263,26 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
     return value.detach(), found[0]
 
 
-def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
-    """What a loss divides by, (); a tensor of 0 counts as 1, and one of a GPU that is no count makes the loss NaN."""
+def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
+    """(B + 1,) int64, from the lengths on the host; None where these are not known, or would tie a trace to them."""
+    if plan.lengths is None or torch.compiler.is_compiling():
+        return None
+    return torch.tensor([0, *accumulate(plan.lengths)]).to(device, non_blocking=True)
+
+
+def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:
+    """Loss tokens of each sequence (B,), of the call and of its chosen half, of these at least 1."""
+    half = layout.segments.shape[0] // 2
+    lengths = layout.segments
+    if layout.mask is not None:
+        lengths = torch.zeros_like(lengths).index_add(0, layout.sequence_of, layout.mask.to(torch.int64))
+    elif layout.lengths and not torch.compiler.is_compiling():
+        return lengths, max(1, sum(layout.lengths)), max(1, sum(layout.lengths[:half]))
+    return lengths, lengths.sum().clamp_min(1), lengths[:half].sum().clamp_min(1)
+
+
+def _normaliser(name: str, value: Number, device: torch.device) -> Number:
+    """What a loss divides by; a tensor of 0 counts as 1, and one of a GPU that is no count makes the loss NaN."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number: got shape {tuple(value.shape)}")
@@ -250,6 +293,8 @@ def _normaliser(name: str, value: Number, device: torch.device) -> Tensor:
         legal = 0 < value < float("inf")
     if not legal:
         raise ValueError(f"{name} must be above 0: got {value}")
+    if not isinstance(value, Tensor):
+        return value
     found = _number(value, device)
     return torch.where(found == 0, 1.0, torch.where((found > 0) & found.isfinite(), found, torch.nan))
 

@@ -160,9 +160,9 @@ def prepare(
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
-    temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths)
+    temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths or ())
     call = HeadCall(
-        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        float(temperature) if temperatures is None else 1.0,
         None if softcap is None else float(softcap),
         float(logit_scale),
         dtype,

@@ -21,6 +21,7 @@ __all__ = [
     "check_outputs",
     "check_scalars",
     "looks_at",
+    "require_floating",
     "require_number",
     "require_real",
     "require_said",
@@ -30,6 +31,7 @@ __all__ = [
 
 # labels with this value carry no loss
 IGNORE = -100
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocab_size: int | None) -> None:
@@ -54,19 +56,31 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         require_number("vocab_size", vocab_size, whole=True)
     if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size must lie in [1, {weight.shape[0]}], the rows of weight: got {vocab_size}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
+    require_floating(hidden=hidden, weight=weight, bias=bias)
     same_device(hidden, weight=weight, bias=bias, labels=labels)
 
 
 def require_tensors(**given: object) -> None:
-    """Raise ValueError for what is no tensor, a model's output for one."""
+    """Raise ValueError for what is no plain tensor: a model's output, or a tensor that is spread over ranks."""
     for name, value in given.items():
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, spread over ranks: give {name}.full_tensor(), or, of a head that is sharded "
+                "over the vocabulary, each rank's .to_local() with process_group="
+            )
         if not isinstance(value, Tensor):
             hint = " (its .last_hidden_state?)" if hasattr(value, "last_hidden_state") else ""
             hint = " (its .weight?)" if isinstance(value, torch.nn.Linear) else hint
             raise ValueError(f"{name} must be a tensor: got {type(value).__name__}{hint}")
+
+
+def require_floating(**given: Tensor | None) -> None:
+    """Raise ValueError for a tensor of whole numbers, or of a dtype that nothing is computed in."""
+    for name, tensor in given.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64: got {tensor.dtype}")
 
 
 def require_number(name: str, value: object, *, whole: bool = False) -> None:
@@ -76,10 +90,12 @@ def require_number(name: str, value: object, *, whole: bool = False) -> None:
 
 
 def require_real(**given: Tensor) -> None:
-    """Raise ValueError for a tensor that holds flags or complex numbers."""
+    """Raise ValueError for a tensor that holds flags, complex numbers or float8."""
     for name, tensor in given.items():
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"{name} must hold real numbers: got {tensor.dtype}")
+        if tensor.is_floating_point():
+            require_floating(**{name: tensor})
 
 
 def require_said(name: str, count: int, lengths: Sequence[int]) -> None:
@@ -133,11 +149,11 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
     if softcap is not None:
         require_number("softcap", softcap)
     require_number("logit_scale", logit_scale)
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number: got {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None: got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite: got {logit_scale}")
 
 
@@ -178,7 +194,7 @@ def row_temperatures(
     dtype: torch.dtype,
     lengths: Sequence[int] = (),
 ) -> Tensor | None:
-    """Temperatures per position, flat, in ``dtype``; None where the temperature is one number for all.
+    """Temperatures per position, flat, in ``dtype``; None where a number serves all, which in a trace is 1 alone.
 
     Args:
         temperature: a number, a 0-dimensional tensor, (B,), or the shape of labels.
@@ -191,7 +207,10 @@ def row_temperatures(
             ``FUSED_PO_CHECK=1``, a value that is not positive.
     """
     if not isinstance(temperature, Tensor):
-        return None
+        if not torch.compiler.is_compiling() or temperature == 1.0:
+            return None
+        # as a number it would be compiled for anew with each value
+        temperature = torch.full((), temperature, dtype=dtype, device=labels.device)
     found = _spread_temperatures(temperature, labels, spread, dtype, lengths)
     if looks_at(labels):
         read = found[labels.reshape(-1) != IGNORE]
@@ -203,6 +222,7 @@ def row_temperatures(
 def _spread_temperatures(
     temperature: Tensor, labels: Tensor, spread: Tensor | None, dtype: torch.dtype, lengths: Sequence[int]
 ) -> Tensor:
+    require_tensors(temperature=temperature)
     same_device(labels, temperature=temperature)
     require_real(temperature=temperature)
     values = temperature.detach().to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -108,7 +109,9 @@ def _derivatives(
         gradients, result = torch.func.grad_and_value(value)(inputs)
         return result, gradients
     # the caller may offload or checkpoint saved tensors: not these, and torch.func refuses such hooks
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    unhooked = torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooked else nullcontext()
+    with torch.enable_grad(), unhooked:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
         result = value(leaves)
         found = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)

@@ -175,13 +175,14 @@ class Head:
             yield slice(first, min(first + step, columns.stop))
 
     def _product_into(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        if a.dtype == out.dtype:
-            torch.mm(a, b, out=out)
-        elif a.dtype != self.compute_dtype:
+        if a.dtype != out.dtype and a.dtype != self.compute_dtype:
             # operands that were widened for their product
             out.copy_(a @ b)
         elif torch.compiler.is_compiling():
-            out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+            # a trace takes no ``out`` with strides
+            out.copy_(a @ b if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype))
+        elif a.dtype == out.dtype:
+            torch.mm(a, b, out=out)
         else:
             torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 

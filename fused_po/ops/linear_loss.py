@@ -146,8 +146,7 @@ def linear_loss(
     call = call if gather is None else replace(call, gather=gather)
     if call.wanted.any:
         _warn_inside_checkpoint()
-    wide = call.head(ready.weight, ready.bias).accumulation_dtype
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     names = part_names(split_gradients)
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
@@ -239,7 +238,7 @@ def _warn_inside_checkpoint() -> None:
     if torch.compiler.is_compiling():
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         warnings.warn(
             "linear_loss makes its gradient in the forward: inside activation checkpointing it runs twice", stacklevel=3
         )

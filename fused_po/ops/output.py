@@ -95,11 +95,13 @@ def part_names(split_gradients: bool | str) -> tuple[str, ...]:
     """The parts that were asked for.
 
     Raises:
-        ValueError: asked for while tracing, where the size of a part is not known; or neither a bool nor ``"sides"``
-        nor ``"thirds"``.
+        ValueError: asked for in inference mode, which knows no derivatives; while tracing, where the size of a part is
+            not known; or neither a bool nor ``"sides"`` nor ``"thirds"``.
     """
     if split_gradients is False:
         return ()
+    if torch.is_inference_mode_enabled():
+        raise ValueError("split_gradients differentiates the loss, which torch.inference_mode forbids")
     if torch.compiler.is_compiling():
         raise ValueError("split_gradients can't be traced by torch.compile: the size of a part follows from the data")
     if split_gradients is True or split_gradients == "sides":

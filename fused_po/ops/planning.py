@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,21 +29,26 @@ class Plan:
         rows: (N,) int64, positions of the loss tokens in the flattened labels, sequence after sequence; None: every
             position.
         segments: (B,) int64, rows of each sequence, on the device of the labels.
-        lengths: the same on the host.
+        lengths: the same on the host; None: alike, as the shape of the labels says.
         positions: number of positions of the labels.
         masked: True if some rows carry no loss and are to be masked (a plan from shapes alone).
     """
 
     rows: Tensor | None  # (N,)
     segments: Tensor  # (B,)
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     positions: int
     masked: bool = False
 
     @property
     def count(self) -> int:
         """N, the rows."""
-        return sum(self.lengths)
+        return self.positions if self.lengths is None else sum(self.lengths)
+
+    @property
+    def batch(self) -> int:
+        """B, the sequences."""
+        return self.segments.shape[0] if self.lengths is None else len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def static_plan(labels: Tensor, packed: bool) -> Plan:
         )
     batch, length = (1, labels.shape[0]) if labels.ndim == 1 else labels.shape
     segments = torch.full((batch,), length, dtype=torch.int64, device=labels.device)
-    return Plan(None, segments, (length,) * batch, labels.numel(), masked=True)
+    return Plan(None, segments, None, labels.numel(), masked=True)
 
 
 def default_plan(labels: Tensor, cu_seqlens: Tensor | None) -> Plan:
@@ -171,29 +177,32 @@ def cut(plan: Plan, horizon: str, capacity: int) -> list[Chunk]:
     Raises:
         ValueError: pairs wanted of an odd number of sequences.
     """
-    offsets = [0]
-    for length in plan.lengths:
-        offsets.append(offsets[-1] + length)
-    count = len(plan.lengths)
     if horizon == "token":
-        parts = steps(0, offsets[-1], max(1, capacity))
+        parts = steps(0, plan.count, max(1, capacity))
         return [Chunk(Rows((part,), plan.rows), ()) for part in parts]
-    sides: list[tuple[Range, ...]]
-    if horizon == "sequence":
-        groups = _greedy([plan.lengths[i] for i in range(count)], capacity)
-        sides = [((first, last),) for first, last in groups]
-    elif horizon == "pair":
-        if count % 2:
-            raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {count}")
-        half = count // 2
-        groups = _greedy([plan.lengths[i] + plan.lengths[half + i] for i in range(half)], capacity)
-        # one group holding everything keeps the order of the call
-        whole = len(groups) == 1
-        sides = [((0, count),)] if whole else [((a, b), (half + a, half + b)) for a, b in groups]
-    else:
-        # a group of prompts is part of the batch: the whole call is the safe superset
-        sides = [((0, count),)]
-    return [Chunk(Rows(_row_ranges(ranges, offsets), plan.rows), ranges) for ranges in sides]
+    # not by a remainder, which a trace does not take of a size
+    if horizon == "pair" and plan.batch // 2 * 2 != plan.batch:
+        raise ValueError(f"pairs need an even number of sequences, chosen then rejected: got {plan.batch}")
+    # a group of prompts is part of the batch: the whole call is the safe superset
+    every: tuple[Range, ...] = ((0, plan.batch),)
+    sides = [every]
+    if horizon in ("sequence", "pair") and plan.count > capacity:
+        half = plan.batch // 2 if horizon == "pair" else 0
+        groups = _groups(plan, half, capacity)
+        if len(groups) != 1:
+            # one group that holds everything keeps the order of the call
+            sides = [((a, b), (half + a, half + b)) if half else ((a, b),) for a, b in groups]
+    return [Chunk(Rows(_row_ranges(plan, ranges), plan.rows), ranges) for ranges in sides]
+
+
+def _groups(plan: Plan, half: int, capacity: int) -> list[Range]:
+    """Consecutive sequences, or pairs of those that lie ``half`` of them apart, of at most ``capacity`` rows."""
+    if plan.lengths is None:
+        each = plan.positions // max(1, plan.batch) * (2 if half else 1)
+        return list(steps(0, half or plan.batch, max(1, capacity // max(1, each))))
+    lengths = plan.lengths
+    sizes = [lengths[i] + lengths[half + i] for i in range(half)] if half else list(lengths)
+    return _greedy(sizes, capacity)
 
 
 def steps(first: int, last: int, step: int) -> Iterator[Range]:
@@ -206,7 +215,11 @@ def steps(first: int, last: int, step: int) -> Iterator[Range]:
         first = stop
 
 
-def _row_ranges(sequences: Sequence[Range], offsets: list[int]) -> tuple[Range, ...]:
+def _row_ranges(plan: Plan, sequences: Sequence[Range]) -> tuple[Range, ...]:
+    if plan.lengths is None:
+        each = plan.positions // max(1, plan.batch)
+        return tuple((first * each, last * each) for first, last in sequences)
+    offsets = [0, *accumulate(plan.lengths)]
     return tuple((offsets[first], offsets[last]) for first, last in sequences)
 
 

@@ -77,7 +77,7 @@ class Route:
         if count <= (self.whole if several else self.alone):
             return count
         rest = count - self.once
-        return self.once if not several and rest <= self.shape(rest)[0] else self.kept
+        return self.once if not several and rest <= self.again(rest)[0] else self.kept
 
     def shape(self, rows: int) -> tuple[int, int]:
         """Rows and columns of two-dimensional tiles of so many rows.
@@ -85,9 +85,6 @@ class Route:
         Between blocks of rows dW is read and written again, between slices of columns dH. Squares do least of both,
         but one block of all rows needs no accumulator of dW.
         """
-        if self.drops:
-            # a row's share of its gradient can't be seen in a slice
-            return grained(fit(self.area, tile_bytes(self.sizes, 1, self.sizes.vocab))), self.sizes.vocab
         square, side = tile_square(self.sizes, self.area)
         if torch.compiler.is_compiling() or rows <= 0:
             # sizes that do not follow the length
@@ -97,6 +94,12 @@ class Route:
         if columns >= GRAIN and rows / columns <= rows / side + (blocks - 1):
             return rows, columns
         return square, side
+
+    def again(self, rows: int) -> tuple[int, int]:
+        """The same for gradients: where blocks are left out, of whole rows, whose share of a slice says nothing."""
+        if not self.drops:
+            return self.shape(rows)
+        return grained(fit(self.area, tile_bytes(self.sizes, 1, self.sizes.vocab))), self.sizes.vocab
 
     def chunk_rows(self, count: int) -> int:
         """Rows of a chunk of a call of so many: all, or equal chunks."""
@@ -112,7 +115,6 @@ class Route:
         return replace(self, eager=False)
 
     @staticmethod
-    @lru_cache(maxsize=1024)
     def of(sizes: Sizes, rows: int, *, fused: bool, unscaled: bool, parts: bool = False) -> Route:
         """The cheapest route of a call.
 
@@ -123,15 +125,9 @@ class Route:
             unscaled: gradients come through logp only; of ``linear_token_stats`` that is not known before backward.
             parts: gradients of parts are wanted, each in an accumulator of its own.
         """
-        options = {"fused": fused, "unscaled": unscaled, "parts": parts}
-        if not sizes.wanted.any:
-            return Route._within(sizes, sizes.scratch, **options)
-        usual = Route._within(sizes, sizes.scratch // 4, **options)
-        if torch.compiler.is_compiling() or usual.eager or rows <= max(usual.alone, usual.whole):
-            # nothing is made again, or it must not follow the length
-            return usual
-        others = [Route._within(sizes, sizes.scratch * share // 16, **options) for share in range(2, 13)]
-        return min((usual, *others), key=lambda route: sum(route_seconds(route, rows, fused=fused).values()))
+        # a trace takes no answers from elsewhere
+        choose = _cheapest.__wrapped__ if torch.compiler.is_compiling() else _cheapest
+        return choose(sizes, rows, fused, unscaled, parts)
 
     @staticmethod
     def _within(sizes: Sizes, area: int, *, fused: bool, unscaled: bool, parts: bool) -> Route:
@@ -179,6 +175,19 @@ class Route:
             wide=needs_accumulator,
             drops=sizes.drops,
         )
+
+
+@lru_cache(maxsize=1024)
+def _cheapest(sizes: Sizes, rows: int, fused: bool, unscaled: bool, parts: bool) -> Route:
+    options = {"fused": fused, "unscaled": unscaled, "parts": parts}
+    if not sizes.wanted.any:
+        return Route._within(sizes, sizes.scratch, **options)
+    usual = Route._within(sizes, sizes.scratch // 4, **options)
+    if torch.compiler.is_compiling() or usual.eager or rows <= max(usual.alone, usual.whole):
+        # nothing is made again, or it must not follow the length
+        return usual
+    others = [Route._within(sizes, sizes.scratch * share // 16, **options) for share in range(2, 13)]
+    return min((usual, *others), key=lambda route: sum(route_seconds(route, rows, fused=fused).values()))
 
 
 def _eager(sizes: Sizes, product_rows: int, area: int, logits_row: int) -> Route:

@@ -151,7 +151,7 @@ class _Run:
         copied = [piece for piece in pieces if not piece.kept or groups is not None]
         step = head.columns
         if copied or self._rounds(len(pieces)):
-            _, step = self.route.shape(max((piece.last - piece.first for piece in copied), default=0))
+            _, step = self.route.again(max([0, *(piece.last - piece.first for piece in copied)]))
         for columns in _slices(head, step):
             tiles = []
             for place_of, piece in enumerate(pieces):

@@ -57,10 +57,10 @@ def stats_loss(
     missing = [name for name in loss.statistics if name in loss.needs and name not in present]
     if missing:
         raise ValueError(f"loss {loss.name!r} needs statistics that were not asked for: {', '.join(missing)}")
+    require_tensors(labels=labels, **present)
     for name, value in present.items():
         if value.shape != labels.shape:
             raise ValueError(f"{name} must have the shape of labels {tuple(labels.shape)}: got {tuple(value.shape)}")
-    require_tensors(labels=labels)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64: got {labels.dtype}")
     same_device(labels, **present)
@@ -73,7 +73,7 @@ def stats_loss(
     # of statistics in half precision at least the side inputs keep their digits
     wide = accumulation_dtype(rows["logp"].dtype)
     rows = {name: value.to(wide) if value.is_floating_point() else value for name, value in rows.items()}
-    batch = call_batch(layout, side_inputs, num_items, num_sequences, wide, num_chosen_items)
+    batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     others = {name: value.detach() for name, value in rows.items() if name not in loss.differentiates}
     through = [rows[name] for name in loss.differentiates]
     if torch.is_grad_enabled():

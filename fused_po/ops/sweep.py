@@ -134,7 +134,7 @@ class Sweep:
     def _pieces(self) -> list[Piece]:
         """The rows with a gradient: those that keep a tile, and blocks of the others."""
         rest = self.active - self.kept_rows
-        block, _ = self.route.shape(rest)
+        block, _ = self.route.again(rest)
         found = [Piece(0, self.kept_rows, True)] if self.kept_rows else []
         return found + [Piece(first, last, False) for first, last in steps(self.kept_rows, self.active, block)]
 

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from fused_po.kernels import library
 from fused_po.kernels.contract import ANCHORS, Coefficients, Span, Transform, accumulation_dtype, finish
-from fused_po.ops.checks import IGNORE, check_labels, check_outputs, check_scalars, row_temperatures, same_device
+from fused_po.ops.checks import (
+    IGNORE,
+    check_labels,
+    check_outputs,
+    check_scalars,
+    require_floating,
+    require_tensors,
+    row_temperatures,
+    same_device,
+)
 from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
 
 __all__ = ["token_stats"]
@@ -51,18 +60,18 @@ def token_stats(
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
     check_outputs(outputs)
+    require_tensors(logits=logits, labels=labels)
     if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or logits.shape[-1] < 1:
         raise ValueError(
             "logits must be (B, S, V) or (N, V) and labels the same without V: "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point: got {logits.dtype}")
+    require_floating(logits=logits)
     check_scalars(temperature, softcap, logit_scale)
     same_device(logits, labels=labels)
     check_labels(labels, logits.shape[-1])
     temperatures = row_temperatures(temperature, labels, None, accumulation_dtype(logits.dtype))
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    number = float(temperature) if temperatures is None else 1.0
     asked = tuple(name for name in STATISTICS if name in outputs)
     *values, _ = torch.ops.fused_po.token_stats(
         logits, labels, temperatures, number, softcap, logit_scale, ",".join(asked), inplace, backend

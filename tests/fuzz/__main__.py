@@ -1,7 +1,8 @@
 """Many random problems: ``python -m tests.fuzz --count 10000 --seed 0 --backend reference``.
 
 Prints each seed that fails with what was wrong, then a count; exits with 1 where one failed. ``--only SEED`` runs one
-problem and prints it.
+problem and prints it. ``--extreme`` takes extreme log-probs and side inputs, and compares losses with their documented
+formulas in wide arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from fused_po import losses
 from tests.fuzz.check import failures
 from tests.fuzz.draw import NARROW, draw
+from tests.fuzz.extreme import extreme_failures
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, action="append", default=[], help="of the inputs; default all")
     parser.add_argument("--loss", choices=losses.names(), action="append", default=[], help="default all")
     parser.add_argument("--only", type=int, default=None, help="the seed of one problem to run and print")
+    parser.add_argument("--extreme", action="store_true", help="losses on extreme numbers, by the reference")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -38,20 +41,22 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = crashed = 0
     began = time.monotonic()
     for seed in seeds:
-        problem = None
+        words = f"seed {seed}"
         try:
-            problem = draw(seed, dtypes=dtypes, names=names)
-            found = failures(problem, given.backend)
+            if given.extreme:
+                words, found = extreme_failures(seed, names)
+            else:
+                problem = draw(seed, dtypes=dtypes, names=names)
+                words = problem.describe()
+                found = failures(problem, given.backend)
         except Exception:
             found = [traceback.format_exc()]
             crashed += 1
-        if found:
-            wrong += 1
-            print(problem.describe() if problem is not None else f"seed {seed}", *found, sep="\n    ", flush=True)
-            if given.stop:
-                break
-        elif given.only is not None and problem is not None:
-            print(problem.describe())
+        if found or given.only is not None:
+            print(words, *found, sep="\n    ", flush=True)
+        wrong += bool(found)
+        if found and given.stop:
+            break
     seconds = time.monotonic() - began
     print(f"{len(seeds)} problems in {seconds:.0f} s: {wrong - crashed} wrong, {crashed} tracebacks")
     return 1 if wrong else 0

@@ -20,7 +20,7 @@ from fused_po.ops.plain import plain_stats
 from fused_po.splits import Linear
 from tests.losses.cases import side_inputs
 
-__all__ = ["NARROW", "Problem", "draw", "draw_loss"]
+__all__ = ["NARROW", "Problem", "draw", "draw_loss", "takes_sums", "wants_pairs"]
 
 IGNORE = -100
 # what a call should not care about; nothing on the CPU works together with what was made on "meta"
@@ -197,7 +197,7 @@ def draw(seed: int, *, dtypes: tuple[torch.dtype, ...] = (), names: tuple[str, .
     torch.manual_seed(seed)
     loss = draw_loss(rng, names)
     dtype = rng.choice(dtypes or (torch.float64, torch.float64, *NARROW))
-    batch = 2 * rng.randint(1, 3) if _paired(loss) else rng.randint(1, 5)
+    batch = 2 * rng.randint(1, 3) if wants_pairs(loss) else rng.randint(1, 5)
     length, width = rng.randint(1, 6), rng.randint(1, 6)
     vocab = rng.choice((1, 2, 3, 5, 17, 33))
     padding = rng.choice((0, 0, 0, 3))
@@ -249,7 +249,7 @@ def draw(seed: int, *, dtypes: tuple[torch.dtype, ...] = (), names: tuple[str, .
     return replace(problem, side_inputs=_side_inputs(rng, problem), normalisers=_normalisers(rng, problem))
 
 
-def _paired(loss: losses.Loss) -> bool:
+def wants_pairs(loss: losses.Loss) -> bool:
     # a mean over the chosen half needs none of the rejected, but halves are what its batch holds
     sides = ("sft",) if getattr(loss, "paired", False) else ()
     return (
@@ -304,14 +304,14 @@ def _side_inputs(rng: Random, problem: Problem) -> dict[str, Any]:
             continue
         if name in SPREAD:
             value = torch.where(torch.rand(value.shape) < rng.choice((0.0, 0.0, 0.4)), 0.0, value)
-        per_sequence = name in SPREAD or _takes_sums(loss, name)
+        per_sequence = name in SPREAD or takes_sums(loss, name)
         if value.ndim == 2 and per_sequence and rng.random() < 0.4:
             value = value[:, 0] if name in SPREAD else torch.where(labels >= 0, value, 0.0).sum(1)
         found[name] = value.to(problem.wide)
     return found
 
 
-def _takes_sums(loss: losses.Loss, name: str) -> bool:
+def takes_sums(loss: losses.Loss, name: str) -> bool:
     """A log-prob of this name may be given as the sum over its sequence."""
     assert name in SUMMED
     if isinstance(loss, PolicyLoss):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 
+from fused_po.kernels import triton_blocks
 from fused_po.stats import STATISTICS
+from fused_po.testing import assert_accurate
 from tests.kernels.ptx import unavailable_backend
 from tests.kernels.ptx.launch_cuda import CudaPtx, modules, noted_kernels
-from tests.kernels.ptx.launch_triton import TritonPtx
+from tests.kernels.ptx.launch_triton import TritonPtx, run_products
 from tests.kernels.ptx.problems import FLOATS, pairwise, problem, run_grad, run_softmax, run_stats
 
 needs_nvcc = pytest.mark.skipif(unavailable_backend("cuda-ptx") is not None, reason="needs nvcc and a C++ compiler")
@@ -90,26 +93,68 @@ def flags_of(case: dict) -> str:
     return "-".join(str(value if not isinstance(value, tuple) else len(value)) for value in case.values())
 
 
-@pytest.mark.parametrize("number", range(len(STATS_FLAGS)), ids=lambda n: flags_of(STATS_FLAGS[n]))
-def test_triton_row_stats(number):
+def triton_stats(number: int, architecture: int) -> None:
     case = dict(STATS_FLAGS[number])
     given = {name: case.pop(name) for name in ("temperatures", "width", "aligned")}
     p, rows = problem(200 + number, case.pop("element"), case.pop("softcap"), **given)
-    outputs = ("logp", *(name for name, on in case.items() if on))
-    run_stats(TritonPtx(90, number), p, rows, tuple(name for name in STATISTICS if name in outputs))
+    wanted = ("logp", *(name for name, on in case.items() if on))
+    run_stats(TritonPtx(architecture, number), p, rows, tuple(name for name in STATISTICS if name in wanted))
 
 
-@pytest.mark.parametrize("number", range(len(SOFTMAX_FLAGS)), ids=lambda n: flags_of(SOFTMAX_FLAGS[n]))
-def test_triton_row_softmax(number):
+def triton_softmax(number: int, architecture: int) -> None:
     case = SOFTMAX_FLAGS[number]
     given = {name: case[name] for name in ("temperatures", "aligned")}
     p, rows = problem(1100 + number, case["element"], case["softcap"], width=(300, 2500)[number % 2], **given)
-    run_softmax(TritonPtx(90, number), p, rows, case["wanted"], case["out"], number)
+    run_softmax(TritonPtx(architecture, number), p, rows, case["wanted"], case["out"], number)
 
 
-@pytest.mark.parametrize("number", range(len(GRAD_FLAGS)), ids=lambda n: flags_of(GRAD_FLAGS[n]))
-def test_triton_row_grad(number):
+def triton_grad(number: int, architecture: int) -> None:
     case = GRAD_FLAGS[number]
     given = {name: case[name] for name in ("temperatures", "aligned")}
     p, rows = problem(700 + number, case["element"], case["softcap"], width=(300, 4500)[number % 2], **given)
-    run_grad(TritonPtx(90, number), p, rows, case["which"], case["out"], number)
+    run_grad(TritonPtx(architecture, number), p, rows, case["which"], case["out"], number)
+
+
+TRITON = [
+    pytest.param(run, number, id=f"{run.__name__}-{flags_of(flags[number])}")
+    for run, flags in ((triton_stats, STATS_FLAGS), (triton_softmax, SOFTMAX_FLAGS), (triton_grad, GRAD_FLAGS))
+    for number in range(len(flags))
+]
+
+
+@pytest.mark.parametrize(("run", "number"), TRITON)
+def test_flags_of_the_triton_kernels(run, number):
+    run(number, 90)
+
+
+PRODUCTS = pairwise(
+    element=list(FLOATS),
+    stored=["as the tile", "fp32"],
+    shape=[(70, 300, 40), (64, 256, 136), (1, 1, 1)],
+    turned=[False, True],
+)
+
+
+@pytest.mark.parametrize("number", range(len(PRODUCTS)), ids=lambda n: flags_of(PRODUCTS[n]))
+def test_triton_products_of_kept_blocks(number):
+    case = PRODUCTS[number]
+    (count, vocab, hidden), dtype = case["shape"], FLOATS[case["element"]]
+    generator = torch.Generator().manual_seed(number)
+    tile = torch.randn(count, vocab + 8, generator=generator).to(dtype)[:, :vocab]
+    stored = torch.float32 if case["stored"] == "fp32" else dtype
+    other = torch.randn(count if case["turned"] else vocab, hidden, generator=generator).to(stored)
+    kept = torch.rand(-(-count // triton_blocks.GROUP), -(-vocab // triton_blocks.WIDTH), generator=generator) < 0.7
+    mask = kept.repeat_interleave(triton_blocks.GROUP, 0)[:count].repeat_interleave(triton_blocks.WIDTH, 1)[:, :vocab]
+    left, right = torch.where(mask, tile, 0.0), other.to(dtype)
+    # every fourth order is the slowest here
+    seed = (1, 3, 4)[number % 3]
+    if case["turned"]:
+        before = torch.randn(vocab, hidden, generator=generator)
+        out = before.clone()
+        run_products(lambda: triton_blocks.block_mm_t(tile, other, kept, out), out, seed)
+        naive, truth = (before.to(d) + left.to(d).t() @ right.to(d) for d in (torch.float32, torch.float64))
+    else:
+        out = torch.full((count, hidden), torch.nan)
+        run_products(lambda: triton_blocks.block_mm(tile, other, kept, out), out, seed)
+        naive, truth = (left.to(d) @ right.to(d) for d in (torch.float32, torch.float64))
+    assert_accurate(out, naive, truth, "dW" if case["turned"] else "dH")

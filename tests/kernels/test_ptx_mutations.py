@@ -5,7 +5,8 @@ block barriers, arrivals and waits at the cluster barrier and at mbarriers, init
 ``fence.proxy.async``. What is weakened: a release at the cluster barrier to relaxed.
 
 What the machine can't see: a fence or a release that orders accesses to global memory, which it makes visible at once;
-an acquire that is missing at a wait, since values are fetched when they are read; a fence of the async proxy that keeps
+an acquire that is missing at a wait, since values are fetched when they are read; a barrier that keeps no two warps
+from one place, which is none; a fence of the async proxy that keeps
 reads by threads before writes by the copy engine (the other way round it sees).
 """
 
@@ -18,12 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_po.kernels import triton_blocks
 from fused_po.kernels.contract import Span, Transform
 from fused_po.stats import STATISTICS
 from fused_po.testing import KernelProblem
 from tests.kernels.ptx import unavailable_backend
 from tests.kernels.ptx.launch_cuda import CudaPtx, modules
-from tests.kernels.ptx.launch_triton import TritonPtx, compiled
+from tests.kernels.ptx.launch_triton import TritonPtx, compiled, run_products
 from tests.kernels.ptx.memory import Fault
 from tests.kernels.ptx.mutate import Mutation, mutations
 from tests.kernels.ptx.parse import Kernel
@@ -109,3 +111,34 @@ def test_of_the_triton_kernels():
         kernel = compiled(plain.launches[0][0], 90).program.kernel
         assert mutations(kernel)
         assert unseen(kernel, run, [(lambda **options: TritonPtx(90, **options), p)]) == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_the_products_of_kept_blocks(turned):
+    """Copies by threads that are waited for, and products on the tensor cores that read what they brought."""
+    generator = torch.Generator().manual_seed(0)
+    count, vocab = (256, 128) if turned else (64, 512)
+    tile = torch.randn(count, vocab, generator=generator).bfloat16()
+    other = torch.randn(count if turned else vocab, 16, generator=generator).bfloat16()
+    kept = torch.ones(count // 64, vocab // 128, dtype=torch.bool)
+    product = triton_blocks.block_mm_t if turned else triton_blocks.block_mm
+    found: list[Kernel] = []
+
+    def run(seed: int, change: Callable[[Kernel], None] | None) -> Tensor:
+        out = torch.zeros(vocab if turned else count, 16)
+        run_products(lambda: product(tile, other, kept, out), out, seed, change)
+        return out
+
+    def shown(mutation: Mutation) -> bool:
+        for seed in range(1, ORDERS + 1):
+            try:
+                if not torch.equal(run(seed, mutation), want):
+                    return True
+            except Fault:
+                return True
+        return False
+
+    want = run(4, found.append)
+    left = [mutation.what for mutation in mutations(found[0]) if not shown(mutation)]
+    # before it each thread reads, and after it writes, places that are its own: Triton's barrier keeps nobody apart
+    assert set(left) <= {"remove bar.sync"} and len(left) <= turned

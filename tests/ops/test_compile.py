@@ -133,6 +133,83 @@ def test_a_new_length_compiles_once_more_at_most(operation):
     assert compilations <= 2
 
 
+def counting(function):
+    """The compiled function, and the number of its compilations so far in a list."""
+    found = [0]
+
+    def backend(graph, inputs):
+        found[0] += 1
+        return graph.forward
+
+    return torch.compile(function, fullgraph=True, backend=backend), found
+
+
+@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats", "token_stats"])
+def test_temperatures_that_vary_are_no_guards(operation):
+    torch._dynamo.reset()
+    problem = Problem(create("sigmoid"), softcap=None)
+
+    def function(hidden, weight, temperature):
+        options = {"temperature": temperature}
+        if operation == "linear_loss":
+            return linear_loss(hidden, weight, problem.labels, problem.loss, **options, **problem.side_inputs).loss
+        if operation == "linear_token_stats":
+            return linear_token_stats(hidden, weight, problem.labels, **options).logp.sum()
+        return token_stats(hidden @ weight.t(), problem.labels, **options).logp.sum()
+
+    compiled, count = counting(function)
+    hidden, weight, _ = problem.arguments()
+    for step in range(10):
+        temperature = 0.55 + 0.1 * step
+        torch.testing.assert_close(
+            compiled(hidden, weight, temperature), function(hidden, weight, temperature), rtol=1e-11, atol=1e-12
+        )
+    assert count[0] <= 2
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "dapo", "kto"])
+def test_batch_sizes_that_vary_are_no_guards(case):
+    torch._dynamo.reset()
+    loss = create(case)
+    weight = torch.randn(11, 8, requires_grad=True)
+
+    def function(hidden, labels, side):
+        return linear_loss(hidden, weight, labels, loss, scratch_bytes=1 << 20, **side).loss
+
+    compiled, count = counting(function)
+    for batch in range(2, 22, 2):
+        problem = Problem(loss, batch=batch)
+        labels = problem.labels.clamp_max(10)
+        hidden = torch.randn(*labels.shape, 8, requires_grad=True)
+        side = {
+            name: value.to(torch.float32) if value.is_floating_point() else value
+            for name, value in problem.side_inputs.items()
+        }
+        torch.testing.assert_close(compiled(hidden, labels, side), function(hidden, labels, side))
+    assert count[0] <= 2
+
+
+def test_schedules_of_a_split_are_no_guards():
+    torch._dynamo.reset()
+    problem = Problem(create("sigmoid"))
+    schedule = splits.controlled_dpo(positive=(1.0, 0.5), negative=(0.0, 1.0))
+
+    def function(hidden, weight, split):
+        found = linear_loss(hidden, weight, problem.labels, problem.loss, split=split, **problem.side_inputs)
+        return torch.autograd.grad(found.loss, weight)[0]
+
+    def of_the_loss(hidden, weight, split):
+        return linear_loss(hidden, weight, problem.labels, problem.loss, split=split, **problem.side_inputs).loss
+
+    compiled, count = counting(of_the_loss)
+    hidden, weight, _ = problem.arguments()
+    for step in range(10):
+        split = schedule.at(step / 10)
+        got = torch.autograd.grad(compiled(hidden, weight, split), weight)[0]
+        assert relative_error(got, function(hidden, weight, split)) < 1e-11
+    assert count[0] <= 2
+
+
 @pytest.mark.parametrize("outputs", ["logp,lse", "logp,entropy,lse,is_top1"])
 def test_opcheck(outputs):
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)

@@ -107,3 +107,21 @@ def test_an_nll_over_fewer_tokens_than_the_answers_is_refused():
     loss, _ = liger.LigerFusedLinearORPOLoss()(weight, hidden, target, nll_target=nll_target)
     same, _ = liger.LigerFusedLinearORPOLoss()(weight, hidden, target)
     torch.testing.assert_close(loss, same)
+
+
+@pytest.mark.parametrize("certain", ["both", "chosen", "rejected"])
+def test_orpo_of_answers_that_are_certain(certain):
+    """log(1 - P) of an answer with P = 1 to rounding."""
+    hidden = torch.zeros(2, 3, 2)
+    hidden[:, :, 1] = torch.tensor([200.0 if certain in ("both", side) else 1.0 for side in ("chosen", "rejected")])[
+        :, None
+    ]
+    weight = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, -1.0]])
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    loss, outputs = liger.LigerFusedLinearORPOLoss(beta=0.1)(weight, hidden, target)
+    ratio, chosen = outputs[-2:]
+    assert loss.isfinite() and ratio.isfinite() and chosen.isfinite()
+    if certain == "both":
+        assert ratio.item() == pytest.approx(-0.6931, abs=1e-4) and chosen.item() == 0.0
+    else:
+        assert chosen.item() == pytest.approx(86.0 if certain == "chosen" else -86.0, abs=3.0)

@@ -206,7 +206,9 @@ def test_no_rows_at_all():
     assert (weight.grad == 0).all()
 
 
-def test_compacted_rows_in_one_pass():
+# the second: as many tokens as sequences, which are not one each
+@pytest.mark.parametrize("kept", [[4, 4, 4, 4], [2, 0, 2, 0]])
+def test_compacted_rows_in_one_pass(kept):
     """TRL hands only rows with a label on where Triton runs; the sequences are put together again."""
     from fused_po import linear_loss, losses
 
@@ -214,7 +216,7 @@ def test_compacted_rows_in_one_pass():
     hidden = torch.randn(4, 6, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (4, 6))
-    labels[:, :2] = -100
+    labels[torch.arange(6) < 6 - torch.tensor(kept).unsqueeze(1)] = -100
     keep = labels >= 0
     loss = losses.create("dapo", beta=0.1)
     side = {"advantage": torch.randn(4), "ref_logp": torch.randn(4, 6), "old_logp": torch.randn(4, 6)}
@@ -227,7 +229,7 @@ def test_compacted_rows_in_one_pass():
     for mine, truth in zip(got, gradients, strict=True):
         torch.testing.assert_close(mine, truth)
     with pytest.raises(ValueError, match="adapters that add tokens to the prompt"):
-        call(hidden[keep][:5], weight, labels[keep][:5], ("logp",))
+        call(hidden[keep][:3], weight, labels[keep][:3], ("logp",))
 
 
 def test_a_sharded_head_is_gathered_again_in_backward(monkeypatch):

@@ -62,8 +62,8 @@ class _PreferenceLoss(nn.Module):
 
     def _run(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **side_inputs: Any
-    ) -> tuple[Tensor, Outputs]:
-        """The loss, and what Liger returns beside it.
+    ) -> tuple[Tensor, Outputs, dict[str, Tensor]]:
+        """The loss, what Liger returns beside it, and the metrics of the loss.
 
         Args:
             weight: (V, H).
@@ -92,7 +92,7 @@ class _PreferenceLoss(nn.Module):
             means = means if bias is None else means + bias.mean()
         dtype = scores.dtype
         outputs = (chosen, rejected, *means.to(dtype), nll.to(dtype), self.beta * chosen, self.beta * rejected)
-        return out.loss, outputs
+        return out.loss, outputs, out.metrics
 
 
 # of Liger's class; others by losses.create, which has more of them
@@ -160,7 +160,7 @@ class LigerFusedLinearDPOLoss(_PreferenceLoss):
         else:
             labels = target.masked_fill(target == self.ignore_index, IGNORE)
             reference = reference_logp(ref_input, ref_weight, labels, ref_bias)
-        loss, outputs = self._run(lin_weight, _input, target, bias, ref_logp=reference)
+        loss, outputs, _ = self._run(lin_weight, _input, target, bias, ref_logp=reference)
         chosen, rejected = reference.to(outputs[0].dtype).chunk(2)
         rewards = self.beta * (outputs[0] - chosen), self.beta * (outputs[1] - rejected)
         return loss, (*outputs[:5], *rewards)
@@ -171,7 +171,7 @@ class _WithoutReference(_PreferenceLoss):
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Outputs]:
         """The loss and the outputs of Liger's class of the same name."""
-        return self._run(lin_weight, _input, target, bias)
+        return self._run(lin_weight, _input, target, bias)[:2]
 
 
 class LigerFusedLinearSimPOLoss(_WithoutReference):
@@ -263,7 +263,7 @@ class LigerFusedLinearORPOLoss(_PreferenceLoss):
             labels = torch.where(target != self.ignore_index, target, nll_target)
             labels = labels.masked_fill(labels == self.ignore_index, IGNORE)
             given = {"nll_labels": labels, "nll_mask": (labels != IGNORE) & (target == self.ignore_index)}
-        loss, outputs = self._run(lin_weight, _input, target, bias, **given)
-        chosen, rejected = outputs[:2]
-        odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-        return loss, (*outputs, nn.functional.logsigmoid(odds).mean(), odds.mean())
+        loss, outputs, metrics = self._run(lin_weight, _input, target, bias, **given)
+        # not of the outputs, where an answer may be certain to rounding
+        odds = (metrics[name].to(outputs[0].dtype) for name in ("log_odds_ratio", "log_odds_chosen"))
+        return loss, (*outputs, *odds)

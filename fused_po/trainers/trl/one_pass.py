@@ -74,7 +74,10 @@ class OnePass:
 
     @staticmethod
     def _packed(value: Any, keep: Tensor) -> Any:
-        return value[keep] if isinstance(value, Tensor) and value.shape == keep.shape else value
+        """Per token (1, N) and per sequence (B, 1): what it is must not hang on whether there are as many of both."""
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        return value[keep].unsqueeze(0) if value.shape == keep.shape else value.unsqueeze(1)
 
 
 class _Carried(torch.autograd.Function):

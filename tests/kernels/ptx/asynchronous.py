@@ -125,7 +125,7 @@ class Engine:
         self.memory.read = read
 
     def land(self, chance: float) -> bool:
-        """Some of the copies that wait, one at least if the chance is 1; returns whether any did."""
+        """Some of the copies that wait, one at least if the chance is 1; returns whether any bulk copy did."""
         landed = False
         for index in self.generator.permutation(len(self.queue)):
             if self.generator.random() < chance:
@@ -138,6 +138,9 @@ class Engine:
                 if chance == 1.0:
                     break
         self.queue = [copy for copy in self.queue if copy is not None]
+        for copies in self.copies:
+            if self.generator.random() < chance:
+                self._finish(copies, self.generator.random(len(copies.lanes)) < 0.5)
         return landed
 
     def copy(self, lanes: Array, blocks: Array, targets: Array, sources: Array, size: int, taken: Array) -> None:

@@ -135,6 +135,12 @@ class Calls:
         rows = np.arange(len(lanes)) - lane
         return values[rows + source], np.broadcast_to(good, len(lanes))
 
+    def reduce(self, function: np.ufunc, values: Array, members: Array, I: Any) -> Array:  # noqa: E741
+        if (members != 0xFFFFFFFF).any():
+            raise Fault("a reduction among a part of a warp")
+        self.threads.whole(self.threads.lanes[I], "a reduction")
+        return np.repeat(function.reduce(values.reshape(-1, WARP), axis=1).astype(values.dtype), WARP)
+
     def each(self, mask: Array | None, I: Any, *given: Array) -> list[tuple[int, ...]]:  # noqa: E741
         """Lane by lane: block, lane and operands."""
         chosen, lanes = self._chosen(mask, I)

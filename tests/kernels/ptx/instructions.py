@@ -57,6 +57,18 @@ def _flushed(i: Instruction, expression: str) -> str:
     return f"flush({expression})" if "ftz" in i.op else expression
 
 
+def _pair(template: str) -> Callable[[Writer, Instruction], None]:
+    """The same on the two floats of a register each, which are neighbours in memory."""
+
+    def emit(w: Writer, i: Instruction) -> None:
+        given = [f"np.ascontiguousarray({text}).view(F4)" for text in _operands(w, i, "f32x2")]
+        result = template.format(*given)
+        result = f"flush({result})" if "ftz" in i.op else result
+        set_register(w, i, i.operands[0], "f32x2", f"({result}).view(U8)")
+
+    return emit
+
+
 def _simple(template: str) -> Callable[[Writer, Instruction], None]:
     """An expression of operands that all have the type of the instruction."""
 
@@ -70,12 +82,14 @@ def _simple(template: str) -> Callable[[Writer, Instruction], None]:
 
 
 def _add(sign: str) -> Callable[[Writer, Instruction], None]:
-    plain = _simple(f"{{0}} {sign} {{1}}")
+    plain, pair = _simple(f"{{0}} {sign} {{1}}"), _pair(f"{{0}} {sign} {{1}}")
 
     def emit(w: Writer, i: Instruction) -> None:
+        if i.op[-1] == "f32x2":
+            return pair(w, i)
         if "cc" in i.op or any(name in i.op for name in ("rm", "rp", "rz")) or i.op[-1].endswith("x2"):
             raise Unknown(i.text)
-        plain(w, i)
+        return plain(w, i)
 
     return emit
 
@@ -84,9 +98,9 @@ def _mul(w: Writer, i: Instruction) -> None:
     ptx_type = i.op[-1]
     a, b, *more = i.operands[1:]
     if ptx_type.startswith("f"):
-        if any(name in i.op for name in ("rm", "rp", "rz")):
+        if any(name in i.op for name in ("rm", "rp", "rz")) or ptx_type == "f16x2":
             raise Unknown(i.text)
-        _simple("{0} * {1}")(w, i)
+        (_pair if ptx_type == "f32x2" else _simple)("{0} * {1}")(w, i)
         return
     first, second = w.read(a, ptx_type), w.read(b, ptx_type)
     result_type = ptx_type
@@ -107,11 +121,13 @@ def _mul(w: Writer, i: Instruction) -> None:
 
 
 def _fma(w: Writer, i: Instruction) -> None:
+    if i.op[-1] == "f32x2" and "rn" in i.op:
+        return _pair("fma({0}, {1}, {2})")(w, i)
     if i.op[-1] != "f32":
         raise Unknown(i.text)
     rounding = {"rm": "fma_down", "rp": "fma_up"}
     function = next((rounding[name] for name in i.op if name in rounding), "fma")
-    _simple(f"{function}({{0}}, {{1}}, {{2}})")(w, i)
+    return _simple(f"{function}({{0}}, {{1}}, {{2}})")(w, i)
 
 
 def _extreme(integer: str, number: str) -> Callable[[Writer, Instruction], None]:

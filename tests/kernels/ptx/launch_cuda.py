@@ -126,6 +126,7 @@ class CudaPtx(Fibers):
         architecture: of the PTX.
         seed, salt: of the machine, see ``machine.run``.
         change: what to do to a kernel before it runs.
+        last: run the blocks of as many of the last rows; the others need not be in memory. None runs all.
 
     Attributes:
         launches: what was launched, with what it did.
@@ -138,9 +139,11 @@ class CudaPtx(Fibers):
         seed: int = 1,
         salt: int | None = None,
         change: Callable[[Kernel], None] | None = None,
+        last: int | None = None,
     ) -> None:
         super().__init__(gpu)
-        self.architecture, self.seed, self.salt, self.change = architecture, seed, salt, change
+        self.architecture, self.seed, self.salt = architecture, seed, salt
+        self.change, self.last = change, last
         self.launches: list[tuple[Launch, Counters]] = []
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
@@ -156,7 +159,11 @@ class CudaPtx(Fibers):
     def _run(self, file: str, launch: Launch, regions: list[tuple[Region, Tensor]]) -> None:
         memory = Global([region for region, _ in regions])
         made = self.program(file, launch)
-        counters = run(made, launch.geometry, launch.parameters, memory, self.seed, salt=self.salt)
+        blocks = None
+        if self.last is not None:
+            total, rows = launch.geometry.grid[0], regions[0][0].rows
+            blocks = range(total // rows * (rows - self.last), total)
+        counters = run(made, launch.geometry, launch.parameters, memory, self.seed, blocks, self.salt)
         for region, tensor in regions:
             if region.writable:
                 put_back(region, tensor)
@@ -169,7 +176,7 @@ class CudaPtx(Fibers):
         with _noted() as noted:
             partials = super().row_stats(x, labels, transform, span, outputs)
         if x.shape[0]:
-            given = [*inputs(x, labels, transform, span), output("partials", partials)]
+            given = [*inputs(x, labels, transform, span, None, self.last), output("partials", partials)]
             self._run("row_stats", noted[0], given)
         return partials
 
@@ -180,7 +187,7 @@ class CudaPtx(Fibers):
         with _noted() as noted:
             partials = super().row_softmax(x, labels, transform, span, outputs, out)
         if x.shape[0]:
-            given = [*inputs(x, labels, transform, span, out), output("partials", partials)]
+            given = [*inputs(x, labels, transform, span, out, self.last), output("partials", partials)]
             self._run("row_softmax", noted[0], given)
         return partials
 
@@ -199,7 +206,7 @@ class CudaPtx(Fibers):
         with _noted() as noted:
             super().row_grad(x, labels, transform, span, anchors, coefficients, out)
         if x.shape[0]:
-            given = [*inputs(x, labels, transform, span, out), (region_of("anchors", anchors), anchors)]
+            given = [*inputs(x, labels, transform, span, out, self.last), (region_of("anchors", anchors), anchors)]
             names = zip(("c", "e", "l"), coefficients, strict=True)
             given += [(region_of(name, c), c) for name, c in names if c is not None]
             self._run("row_grad", noted[0], given)
@@ -214,13 +221,20 @@ def contiguous(transform: Transform) -> Transform:
 
 
 def inputs(
-    x: Tensor, labels: Tensor, transform: Transform, span: Span, out: Tensor | None = None
+    x: Tensor, labels: Tensor, transform: Transform, span: Span, out: Tensor | None, last: int | None
 ) -> list[tuple[Region, Tensor]]:
-    """Memory of the logits, of the output if there is one, and of what comes with each row."""
+    """Memory of the logits, of the output if there is one, and of what comes with each row; of the last rows only."""
     in_place = out is not None and out.data_ptr() == x.data_ptr()
-    found = [(region_of("x", x, columns=span.width, written=x.shape[1] if in_place else 0), x)]
+    count = len(x) if last is None else last
+
+    def matrix(name: str, tensor: Tensor, columns: int, written: int) -> tuple[Region, Tensor]:
+        kept = tensor[len(x) - count :]
+        place = {"address": tensor.data_ptr(), "rows": len(x)}
+        return region_of(name, kept, columns=columns, written=written, **place), kept
+
+    found = [matrix("x", x, span.width, x.shape[1] if in_place else 0)]
     if out is not None and not in_place:
-        found.append((region_of("out", out, columns=0, written=out.shape[1]), out))
+        found.append(matrix("out", out, 0, out.shape[1]))
     found.append((region_of("labels", labels), labels))
     if transform.temperatures is not None:
         found.append((region_of("temperatures", transform.temperatures), transform.temperatures))

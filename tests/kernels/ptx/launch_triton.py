@@ -113,9 +113,13 @@ def noted(module: Any, architecture: int) -> Iterator[list[Launched]]:
             return lambda *arguments, **options: found.append(Launched(self.name, grid, arguments, options))
 
     names = [name for name in dir(module) if name.endswith("_kernel")]
-    with mock.patch.multiple(module, **{name: Kernel(name) for name in names}):  # noqa: SIM117
-        with mock.patch.object(configs, "architecture", lambda device: f"sm_{architecture}"):
-            yield found
+    with (
+        mock.patch.multiple(module, **{name: Kernel(name) for name in names}),
+        mock.patch.object(configs, "architecture", lambda device: f"sm_{architecture}"),
+        # these launches are compiled
+        mock.patch.object(triton_rows, "INTERPRETED", False),
+    ):
+        yield found
 
 
 def execute(
@@ -181,6 +185,7 @@ class TritonPtx:
         architecture: for example 90.
         seed, salt: of the machine, see ``machine.run``.
         change: what to do to a kernel before it runs.
+        last: run the blocks of as many of the last rows; the others need not be in memory. None runs all.
 
     Attributes:
         launches: what was launched, with what it did.
@@ -192,8 +197,10 @@ class TritonPtx:
         seed: int = 1,
         salt: int | None = None,
         change: Callable[[Kernel], None] | None = None,
+        last: int | None = None,
     ) -> None:
-        self.architecture, self.seed, self.salt, self.change = architecture, seed, salt, change
+        self.architecture, self.seed, self.salt = architecture, seed, salt
+        self.change, self.last = change, last
         self.launches: list[tuple[Launched, Counters]] = []
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
@@ -206,7 +213,8 @@ class TritonPtx:
     def _run(self, launches: list[Launched], regions: list[tuple[Region, Tensor]]) -> None:
         for launch in launches:
             made = _changed(compiled(launch, self.architecture), self.change)
-            self.launches.append((launch, execute(launch, made, regions, self.seed, salt=self.salt)))
+            blocks = None if self.last is None else range(launch.grid[0] - self.last, launch.grid[0])
+            self.launches.append((launch, execute(launch, made, regions, self.seed, blocks, self.salt)))
 
     def row_stats(
         self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]
@@ -215,7 +223,7 @@ class TritonPtx:
         with noted(triton_rows, self.architecture) as launches:
             partials = triton_rows.row_stats(x, labels, transform, span, outputs)
         if launches:
-            self._run(launches, [*inputs(x, labels, transform, span), output("partials", partials)])
+            self._run(launches, [*inputs(x, labels, transform, span, None, self.last), output("partials", partials)])
         return partials
 
     def row_softmax(
@@ -225,7 +233,7 @@ class TritonPtx:
         with noted(triton_rows, self.architecture) as launches:
             partials = triton_rows.row_softmax(x, labels, transform, span, outputs, out)
         if launches:
-            self._run(launches, [*inputs(x, labels, transform, span, out), output("partials", partials)])
+            self._run(launches, [*inputs(x, labels, transform, span, out, self.last), output("partials", partials)])
         return partials
 
     def row_grad(
@@ -243,6 +251,6 @@ class TritonPtx:
         with noted(triton_rows, self.architecture) as launches:
             triton_rows.row_grad(x, labels, transform, span, anchors, coefficients, out)
         if launches:
-            given = [*inputs(x, labels, transform, span, out), (region_of("anchors", anchors), anchors)]
+            given = [*inputs(x, labels, transform, span, out, self.last), (region_of("anchors", anchors), anchors)]
             names = zip(("c", "e", "l"), coefficients, strict=True)
             self._run(launches, given + [(region_of(name, c), c) for name, c in names if c is not None])

@@ -147,7 +147,7 @@ class Machine(Calls):
     def run(self) -> None:
         threads = self.threads
         while (threads.status != DONE).any():
-            if self.engine.queue:
+            if self.engine.queue or self.engine.copies:
                 self.engine.land(self.scheduler.landing())
                 self.meeting.wake_at_mbarriers()
             if not (threads.status == READY).any():

@@ -50,7 +50,9 @@ def mutations(kernel: Kernel) -> list[Mutation]:
     found = []
     for position, instruction in enumerate(kernel.instructions):
         op = instruction.op
-        if op[0] in ("bar", "barrier", "mbarrier", "fence") or op[:2] == ("cp", "async"):
+        # a copy's group that is not closed joins the next one: where all are waited for that is the same
+        waits = {"bulk", "wait_group", "wait_all"} & set(op) or op[:2] == ("wgmma", "commit_group")
+        if op[0] in ("bar", "barrier", "mbarrier", "fence") or (op[0] in ("cp", "wgmma") and waits):
             found.append(Mutation(position, f"remove {instruction.name}"))
         if "release" in op:
             found.append(Mutation(position, f"relax {instruction.name}"))

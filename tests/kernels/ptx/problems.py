@@ -24,21 +24,17 @@ LABEL_IGNORED = -100
 def pairwise(**factors: list[Any]) -> list[dict[str, Any]]:
     """Few cases in which any two values of different factors meet."""
     names = list(factors)
-    missing = {
-        (a, x, b, y)
-        for a, b in combinations(range(len(names)), 2)
-        for x in factors[names[a]]
-        for y in factors[names[b]]
-    }
     every = list(product(*factors.values()))
+
+    def pairs(case: tuple[Any, ...]) -> set[Any]:
+        return {(a, case[a], b, case[b]) for a, b in combinations(range(len(names)), 2)}
+
+    missing = set().union(*map(pairs, every))
     found = []
     while missing:
-
-        def gain(case: tuple[Any, ...]) -> int:
-            return sum((a, case[a], b, case[b]) in missing for a, b in combinations(range(len(names)), 2))
-
-        best = max(every, key=gain)
-        missing -= {(a, best[a], b, best[b]) for a, b in combinations(range(len(names)), 2)}
+        gains = [len(pairs(case) & missing) for case in every]
+        best = every[gains.index(max(gains))]
+        missing = missing - pairs(best)
         found.append(dict(zip(names, best, strict=True)))
     return found
 

@@ -101,6 +101,17 @@ def _shuffle(w: Writer, i: Instruction) -> None:
         set_register(w, i, results[1], "pred", f"{found}[1]")
 
 
+def _reduce(w: Writer, i: Instruction) -> None:
+    """redux.sync"""
+    _unguarded(w, i)
+    function = {"min": "fmin", "max": "fmax", "add": "add", "and": "bitwise_and", "or": "bitwise_or"}[i.op[2]]
+    function = function[1:] + "imum" if "NaN" in i.op else function
+    value = w.read(i.operands[1], i.op[-1])
+    value = f"np.abs({value})" if "abs" in i.op else value
+    members = w.read(i.operands[2], "u32")
+    set_register(w, i, i.operands[0], i.op[-1], f"M.reduce(np.{function}, {value}, {members}, I)")
+
+
 def _branch(w: Writer, i: Instruction) -> str | None:
     return w.guard(i)
 
@@ -243,6 +254,7 @@ MOVING: dict[str, Callable[[Writer, Instruction], str | None]] = {
     "membar": _fence,
     "cp": _copy,
     "trap": _trap,
+    "redux": _reduce,
     "wgmma": _product,
     "ldmatrix": _matrices,
     "stmatrix": _matrices,

@@ -43,8 +43,8 @@ def kind_of(ptx_type: str) -> tuple[str, int]:
     """How a type of an instruction looks at bits, and its bytes: "s32" is ("s", 4)."""
     if ptx_type == "pred":
         return "p", 0
-    if ptx_type in ("bf16", "bf16x2", "f16x2"):
-        return "u", 4 if ptx_type.endswith("x2") else 2
+    if ptx_type in ("bf16", "bf16x2", "f16x2", "f32x2"):
+        return "u", {"bf16": 2, "f32x2": 8}.get(ptx_type, 4)
     size = int(ptx_type[1:]) // 8
     if ptx_type[0] == "f":
         return ("h", 2) if size == 2 else ("f", size)
