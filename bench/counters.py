@@ -36,7 +36,7 @@ def section() -> list[str]:
         "",
         "Counted by `python -m tests.kernels.ptx.count --write`, which executes the PTX that nvcc and Triton emit for",
         "sm_90 on rows of two widths and takes the difference. An instruction counts for all lanes of its warp; the",
-        "assembler drops most of the moves among them. No GPU was asked. While a byte moves at",
+        "assembler drops moves, which do not count. No GPU was asked. While a byte moves at",
         f"{BANDWIDTH / 1e12:.1f} TB/s an H200 can issue {per_byte(LANES):.1f} lane-instructions, of them",
         f"{per_byte(SPECIAL_LANES):.2f} of special functions (`ex2`, `rcp`, division). The last column is the larger share",
         "of the two that a kernel takes while each logit is read once and its gradient written once: well below 100 % it",
