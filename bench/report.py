@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 
 from bench.counters import section as counters_section
 from bench.on_paper import paper_section
-from bench.targets import OURS, results_by_case, targets
+from bench.targets import results_by_case, targets
 from fused_po.bench.methods import NAMES
 from fused_po.bench.objectives import OBJECTIVES
 
 FOLDER = Path(__file__).parent
-RESULTS, PREDICTIONS = FOLDER / "results", FOLDER / "predictions.json"
+RESULTS = FOLDER / "results"
 DOCS = FOLDER.parent / "docs"
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "quack-kernels", "cut-cross-entropy")
 MIB, GIB = 1 << 20, 1 << 30
@@ -182,36 +182,6 @@ def rows_table(report: dict[str, Any]) -> list[str]:
     return [*lines, "", *failed, *(["Not run, in some or all cases:", "", *sorted(absent)] if absent else []), ""]
 
 
-def predictions_section(reports: list[dict[str, Any]]) -> list[str]:
-    """What was written down before a GPU measured it, beside what it measured."""
-    data, measured = json.loads(PREDICTIONS.read_text()), results_by_case(reports)
-    lines = [
-        "## Predictions for a GPU",
-        "",
-        f"Written before any measurement, by `python -m bench.predictions`, for `{data['method']}` on an H200 at F =",
-        f"{data['flops'] / 1e12:.0f} TFLOP/s in large bf16 products and W = {data['bandwidth'] / 1e12:.1f} TB/s",
-        "in copies. GEMMs: 2 N H V FLOP each. Sweep: float32 logits, not bfloat16 ones (2 bytes a logit more), read",
-        "(4), and their gradient written (2). dW: float32, zeroed, read and written once for each chunk of C rows,",
-        "rounded at the end; the reading and writing is (4/3) F / (W C) of three GEMMs. Nothing is taken to overlap.",
-        "",
-        "| case | C | GEMMs ms | sweep ms | dW ms | predicted ms | over the GEMMs | scratch GiB | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in data["cases"]:
-        result = measured.get(case["case"], {"methods": {}})
-        row = result["methods"].get(OURS)
-        got = "not run"
-        if row is not None:
-            over = row["ms"] / result["floor"]["ms"]
-            got = f"{row['ms']:.1f} ms, {over:.3f} x, {row['scratch_bytes'] / GIB:.2f} GiB"
-        parts = " | ".join(f"{case[name]:.1f}" for name in ("gemms_ms", "sweep_ms", "dw_ms", "ms"))
-        scratch = f"{case['scratch_bytes'] / GIB:.2f}"
-        lines.append(
-            f"| {case['case']} | {case['chunk_rows']} | {parts} | {case['over_gemms']:.3f} x | {scratch} | {got} |"
-        )
-    return [*lines, ""]
-
-
 def targets_section(reports: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Targets on a GPU",
@@ -237,7 +207,7 @@ def page() -> str:
     lines += [line for report in rows.values() for line in rows_table(report)]
     lines += [*paper_section(), *counters_section()]
     reports = list(cases.values())
-    lines += [*predictions_section(reports), *targets_section(reports)]
+    lines += targets_section(reports)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_cpu_vs_trl, predictions, report
+from bench import bench_cpu_vs_trl, report
 from bench.targets import targets
 from fused_po.bench import measure, methods
 from fused_po.bench.accuracy import bounds, method_errors, rejected
@@ -174,15 +174,6 @@ def digest_in(plot: Path) -> str:
     """What a plot says that it was drawn from; bytes differ with the version of matplotlib."""
     (found,) = re.findall(r"<dc:description>(.*?)</dc:description>", plot.read_text())
     return found
-
-
-def test_predictions_add_up():
-    case = groups("cuda")["targets"][0]
-    found = predictions.predict(case)
-    assert found["ms"] == pytest.approx(found["gemms_ms"] + found["sweep_ms"] + found["dw_ms"])
-    # 3 GEMMs of 2 N H V FLOP
-    assert found["gemms_ms"] == pytest.approx(6e3 * case.tokens * case.hidden * case.vocab / predictions.FLOPS)
-    assert case.dtype == torch.bfloat16
 
 
 def test_tiles_are_what_is_neither_gradient_nor_accumulator():

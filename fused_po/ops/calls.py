@@ -16,6 +16,7 @@ from fused_po.ops.batches import Layout
 from fused_po.ops.checks import (
     check_head,
     check_labels,
+    check_main_grad,
     check_scalars,
     looks_at,
     require_number,
@@ -56,6 +57,8 @@ class HeadCall:
     may_wait: bool
     max_dropped_mass: float = 0.0
     shard: Shard | None = None
+    # (V, H) in float32, where dW is added in backward
+    main_grad: Tensor | None = None
     # a context in which a sharded head is whole, of its weight and bias
     gather: Callable[..., AbstractContextManager[Any]] = whole
 
@@ -79,7 +82,7 @@ class HeadCall:
 
     def sizes(self, head: Head) -> Sizes:
         """What the route of the call follows from."""
-        return Sizes.of(head, self.wanted, self.scratch_bytes)
+        return Sizes.of(head, self.wanted, self.scratch_bytes, self.main_grad is not None)
 
     def tokens(
         self, head: Head, hidden: Tensor, labels: Tensor, temperatures: Tensor | None, arranged: Arranged
@@ -119,6 +122,7 @@ def prepare(
     vocab_size: int | None,
     backend: str | None,
     process_group: Any = None,
+    main_grad: Tensor | None = None,
 ) -> Prepared:
     """Check the arguments of an operation on hidden states and lay them out.
 
@@ -127,7 +131,7 @@ def prepare(
     """
     check_head(hidden, weight, bias, labels, vocab_size if process_group is None else None)
     check_scalars(temperature, softcap, logit_scale)
-    shard = None
+    given, shard = weight.shape, None
     if process_group is not None:
         # padded rows stay: tiles, and so the steps of the loop, must be the same on every rank
         shard = Shard.of(process_group, weight.shape[0], vocab_size)
@@ -161,6 +165,9 @@ def prepare(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
     temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths or ())
+    if main_grad is not None:
+        check_main_grad(main_grad, weight, given, wanted.weight)
+        main_grad = main_grad[: weight.shape[0]]
     call = HeadCall(
         float(temperature) if temperatures is None else 1.0,
         None if softcap is None else float(softcap),
@@ -172,6 +179,7 @@ def prepare(
         plan,
         may_wait,
         shard=shard,
+        main_grad=main_grad,
     )
     if temperatures is not None:
         temperatures = layout.rows.gather(temperatures)

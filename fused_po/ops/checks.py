@@ -18,6 +18,7 @@ __all__ = [
     "check_cu_seqlens",
     "check_head",
     "check_labels",
+    "check_main_grad",
     "check_outputs",
     "check_scalars",
     "looks_at",
@@ -155,6 +156,24 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
         raise ValueError(f"softcap must be a positive number or None: got {softcap}")
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite: got {logit_scale}")
+
+
+def check_main_grad(main_grad: Tensor, weight: Tensor, shape: torch.Size, wanted: bool) -> None:
+    """Where dW (of ``shape``) is to be added.
+
+    Raises:
+        ValueError: another shape, dtype or device, or a weight that wants no gradient.
+    """
+    require_tensors(main_grad=main_grad)
+    same_device(weight, main_grad=main_grad)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if main_grad.shape != shape or main_grad.dtype != wide or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad must be {tuple(shape)}, the shape of weight, {wide} and contiguous: got {_shape(main_grad)} "
+            f"{main_grad.dtype}"
+        )
+    if not wanted:
+        raise ValueError("main_grad is where the weight's gradient goes: the weight wants none")
 
 
 def check_outputs(outputs: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fused_po.ops.shapes import tile_square
 from fused_po.ops.sizes import Sizes
 from fused_po.prices import device
@@ -37,7 +39,9 @@ def route_seconds(route: Route, rows: int, *, fused: bool) -> dict[str, float]:
     block, columns = route.shape(again)
     blocks, slices = -(-again // block), -(-sizes.vocab // columns)
     accumulates = wanted.weight and (several or route.wide or blocks > 1)
+    rounds = accumulates and sizes.accumulator > 0
     added = (-(-rows // chunk) if several else 1 + (blocks if kept else blocks - 1) if again else 1) - 1
+    again_scaled = accumulating(sizes) * added if sizes.compute == torch.float16 and several else 0.0
     tiles = PRICES.moved(elements * sizes.wide) + (PRICES.moved(kept * sizes.vocab * sizes.narrow) if wanted.any else 0)
     return {
         "the products": product * (1 + wanted.hidden + wanted.weight),
@@ -47,10 +51,10 @@ def route_seconds(route: Route, rows: int, *, fused: bool) -> dict[str, float]:
         "dW read and written again": PRICES.moved(2 * head * sizes.wide) * added if wanted.weight else 0.0,
         "dH read and written again": PRICES.moved(2 * again * sizes.hidden * sizes.wide) * (slices - 1),
         "the weight cast": PRICES.moved(head * (sizes.stored.itemsize + sizes.narrow)) if sizes.copied else 0.0,
-        "dW rounded": PRICES.moved(head * (sizes.wide + sizes.stored.itemsize))
-        if accumulates and sizes.accumulator
-        else 0.0,
-        "dW scaled": PRICES.moved(2 * sizes.returned) if fused and not accumulates and rows > route.waiting else 0.0,
+        # where coefficients grow from chunk to chunk; else a look at a number
+        "dW brought to another scale": again_scaled,
+        "dW rounded": PRICES.moved(head * (sizes.wide + sizes.stored.itemsize)) if rounds else 0.0,
+        "dW scaled": PRICES.moved(2 * sizes.returned) if fused and not rounds and rows > route.waiting else 0.0,
     }
 
 

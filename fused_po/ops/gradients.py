@@ -11,7 +11,7 @@ from fused_po.kernels import library
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.head import Head
 
-__all__ = ["Gradients", "Wanted", "scaled", "storage_dtype"]
+__all__ = ["Gradients", "Wanted", "add_scaled", "scaled", "storage_dtype"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Gradients:
         accumulate: several products add to dW, in the accumulation dtype; False: each of its elements is written
             once, in the dtype of the weight.
         covered: all of dH will be written, so that it need not be zeroed.
+        into: (V, H) in the accumulation dtype, to which dW is added; then it is not returned.
 
     Attributes:
         hidden: (positions, H), or None.
@@ -71,15 +72,20 @@ class Gradients:
         *,
         accumulate: bool = True,
         covered: bool = False,
+        into: Tensor | None = None,
     ) -> None:
         self._wanted, self._like, self._head, self._covered = wanted, hidden, head, covered
-        self.parts, self.accumulate = parts, accumulate or bool(head.max_dropped_mass)
+        self.parts, self.accumulate = parts, accumulate or bool(head.max_dropped_mass) or into is not None
         wide = head.accumulation_dtype
         self.stored = wide if self.accumulate else stored
         self.hidden: Tensor | None = None
         self.weights: list[Tensor] = []
+        self._into = into
         self.biases = [head.weight.new_zeros(head.columns, dtype=wide) for _ in range(parts if wanted.bias else 0)]
         self.started = False
+        # normalised products can't be added to others
+        if into is not None and head.compute_dtype != torch.float16:
+            self.weights, self.started = [into], True
         self.scale: Tensor | None = None
 
     @property
@@ -141,6 +147,10 @@ class Gradients:
     def in_dtypes(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
         """``finish`` with nothing left to multiply, in these dtypes."""
         d_hidden, d_weight, d_bias = self.finish()
+        if self._into is not None:
+            if d_weight is not None and d_weight is not self._into:
+                add_scaled(self._into, d_weight, self.scale)
+            d_weight = None
         found = [None if d_hidden is None or dtypes[0] is None else d_hidden.to(dtypes[0])]
         for grad, dtype, lacks in ((d_weight, dtypes[1], self.accumulate), (d_bias, dtypes[2], True)):
             if self.scale is not None and lacks:
@@ -148,6 +158,14 @@ class Gradients:
             else:
                 found.append(None if grad is None or dtype is None else grad.to(dtype))
         return tuple(found)
+
+
+def add_scaled(into: Tensor, grad: Tensor, factor: Tensor | None) -> None:
+    """``into`` += a gradient times a number ()."""
+    if factor is None:
+        into.add_(grad)
+    else:
+        into.addcmul_(grad, factor.to(into.dtype))
 
 
 def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs, require_number
 from fused_po.ops.devices import without_autocast
-from fused_po.ops.gradients import Gradients, scaled
+from fused_po.ops.gradients import Gradients, add_scaled, scaled
 from fused_po.ops.loss_pass import LossPass
 from fused_po.ops.output import LossOutput, SplitGradients, part_names
 from fused_po.ops.planning import Plan
@@ -56,25 +56,30 @@ def linear_loss(
     process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    main_grad: Tensor | None = None,
     gather: Callable[..., AbstractContextManager[Any]] | None = None,
     **side_inputs: Number,
 ) -> LossOutput:
     """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
 
-    The call is cut into chunks of whole horizons of the loss (tokens, sequences, pairs, ...). A horizon larger than
-    ``scratch_bytes`` still costs 3 GEMMs if the loss's coefficients are one scalar times a known pattern and the call
-    is that one horizon, else 4 less the share of its tiles that fit.
+    The gradients are made in the forward, and scaled in the backward. Of a short call (N <= H where all dtypes are
+    alike) the gradient tiles are no larger than dW: they wait, and GEMM 2 and 3 run in the backward, so that two calls
+    before one backward hold their tiles twice. A longer call is cut into chunks of whole horizons of the loss (tokens,
+    sequences, pairs, ...). A horizon larger than a chunk still costs 3 GEMMs if the loss's coefficients are one scalar
+    times a known pattern and the call is that one horizon, else 4 less the share of its tiles that fit.
+    ``Plan.explain`` says what a call does. There is one backward: another raises.
 
     Args:
         hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point, any strides: a slice such as
             ``hidden[:, :-1]`` is not copied. Pairs: first half of the sequences chosen, second half rejected.
-        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
-            hidden).
+        weight: (V, H), floating point; cast to the compute dtype (that of autocast if on, else of hidden) where it is
+            stored in another, once a call.
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         loss: from ``fused_po.losses.create``.
         bias: (V,) or None.
         temperature: T > 0, a number, (B,), or the shape of labels.
-        softcap: caps logits (Gemma 2: 30.0); None does not.
+        softcap: caps logits (Gemma 2: 30.0); None does not. Under ``torch.compile`` this and ``logit_scale`` are
+            constants: each value is compiled for.
         logit_scale: multiplies the raw logits (Cohere, Granite).
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
@@ -96,15 +101,21 @@ def linear_loss(
             loses more than this share. Value, statistics and the gradient of the bias stay exact. Pays where rows are
             peaked: 1e-3 leaves most blocks out there, and none of a flat row.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
-        scratch_bytes: bound on the memory beyond inputs, outputs, gradients and one accumulator of dW; default 1 GiB
-            on a GPU, 96 MiB on a CPU. Less than one row needs is raised to one row.
+        scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
+            CPU. Beside it a call may spend the room of one dW in float32, where the weight is trained and narrower
+            than that, and a copy of a weight that is stored wider than products take it. Less than one row needs is
+            raised to one row.
         plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
             tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
         process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
             rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
             of the whole head, on every rank.
         vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
-        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds dW to it, and the weight gets no
+            gradient (Megatron's fused accumulation).
+        gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it, a
+            backward that needs the head enters it again.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
             or per token in the shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per
             token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
@@ -136,6 +147,7 @@ def linear_loss(
         vocab_size,
         backend,
         process_group,
+        main_grad,
     )
     require_number("max_dropped_mass", max_dropped_mass)
     if not 0.0 <= max_dropped_mass < 1.0:
@@ -204,6 +216,9 @@ class _LinearLoss(torch.autograd.Function):
             of_hidden = grad_output * factor
             of_head = of_hidden if scale is None else of_hidden * scale
             factors = (of_hidden, of_head, of_head)
+            if ctx.call.main_grad is not None and gradients[1] is not None:
+                add_scaled(ctx.call.main_grad, gradients[1], of_head)
+                gradients[1] = None
             found = tuple(scaled(g, f, dtype) for g, f, dtype in zip(gradients, factors, ctx.dtypes, strict=True))
         else:
             hidden, weight, bias, labels, temperatures, kept, anchors, c = ctx.saved_tensors
@@ -214,7 +229,9 @@ class _LinearLoss(torch.autograd.Function):
                 sweep = Sweep(tokens, ctx.route, call.wanted, Workspace(hidden), active=ctx.arranged.active)
                 sweep.kept, sweep.anchors = kept, anchors
                 covered = call.covers(ctx.arranged)
-                gradients = Gradients(call.wanted, hidden, head, weight.dtype, accumulate=False, covered=covered)
+                gradients = Gradients(
+                    call.wanted, hidden, head, weight.dtype, accumulate=False, covered=covered, into=call.main_grad
+                )
                 sweep.backward(Coefficients(c * grad_output), gradients)
                 found = gradients.in_dtypes(ctx.dtypes)
         d_hidden = None if found[0] is None else found[0].view(ctx.shape)

@@ -45,20 +45,22 @@ def linear_token_stats(
     process_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    main_grad: Tensor | None = None,
     gather: Callable[..., AbstractContextManager[Any]] | None = None,
 ) -> Stats:
     """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
     logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias. A trainable head costs 3 GEMMs, and
-    one more for the rows whose tile did not fit into ``scratch_bytes``; a frozen one 2. A gradient through ``entropy``
-    or ``lse`` recomputes the logits, and only when one arrives.
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias, as often as the graph is kept. A
+    trainable head costs 3 GEMMs, and one more for the rows whose gradient tile did not fit into memory from forward to
+    backward; a frozen one 2. Gradients through ``entropy`` or ``lse`` are made from the same tiles, in half precision,
+    without a softcap, of a trained head and in the last backward; else the logits are made again.
 
     Args:
         hidden: (B, S, H) or packed (N, H), floating point, any strides: a slice such as ``hidden[:, :-1]`` is not
             copied.
-        weight: (V, H), floating point, cast slice by slice to the compute dtype (that of autocast if on, else of
-            hidden).
+        weight: (V, H), floating point; cast to the compute dtype (that of autocast if on, else of hidden) where it is
+            stored in another, once a call.
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         bias: (V,) or None.
         outputs: names from ``Stats``.
@@ -66,13 +68,16 @@ def linear_token_stats(
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
-            CPU. Less than one row needs is raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once.
-        process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
-            rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
-            of the whole head, on every rank.
+            CPU. Beside it a call may spend the room of one dW in float32, where the weight is trained and narrower
+            than that, and a copy of a weight that is stored wider than products take it. Less than one row needs is
+            raised to one row.
+        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
+            alone).
+        process_group: the ranks over which the vocabulary is sharded, see ``linear_loss``.
         vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
-        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds dW to it, and the weight gets no
+            gradient (Megatron's fused accumulation).
         gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it,
             backward enters it again.
 
@@ -97,6 +102,7 @@ def linear_token_stats(
         vocab_size,
         backend,
         process_group,
+        main_grad,
     )
     asked = tuple(name for name in STATISTICS if name in outputs)
     call = ready.call if gather is None else replace(ready.call, gather=gather)
@@ -153,7 +159,9 @@ class _LinearTokenStats(torch.autograd.Function):
             sweep.kept_rows = kept.shape[0] if plain or not _runs_again() else 0
             sweep.kept, sweep.anchors = kept, anchors
             covered, once = call.plan.rows is None, sweep.writes_once
-            gradients = Gradients(call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered)
+            gradients = Gradients(
+                call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered, into=call.main_grad
+            )
             if any(c is not None for c in triple):
                 sweep.backward(triple, gradients)
             like = (hidden, weight, bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ class Plan:
     lengths: tuple[int, ...] | None
     positions: int
     masked: bool = False
+
+    def explain(self, hidden_size: int, vocab_size: int, **options: Any) -> str:
+        """How a call on this plan goes through a head of (V, H), and what that costs on paper, in words.
+
+        Args:
+            hidden_size: H.
+            vocab_size: V.
+            options: ``operation``, ``dtype``, ``weight_dtype``, ``trainable``, ``device``, ``scratch_bytes``, see
+                ``fused_po.ops.explain``.
+        """
+        from fused_po.ops.explain import explain
+
+        return explain(self.count, hidden_size, vocab_size, **options)
 
     @property
     def count(self) -> int:

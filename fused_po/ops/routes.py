@@ -167,7 +167,8 @@ class Route:
             ENDLESS if wanted.weight and again else whole,
             once,
             kept,
-            waiting=min(alone, max(returned, 1) // row) if waits else 0,
+            # into memory that is there already nothing is added before backward
+            waiting=0 if not waits else alone if sizes.adds else min(alone, max(returned, 1) // row),
             in_place=in_place,
             hides_probabilities=sizes.hides,
             keeps_logits=fused and not unscaled and sizes.hides and in_place,

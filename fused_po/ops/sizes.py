@@ -29,6 +29,7 @@ class Sizes:
         hides: G does not give the probabilities back: there is a softcap, it is as wide as the logits, whose digits it
             lacks near p = 1, or a named backend can't turn it.
         drops: negligible blocks of gradients are left out.
+        adds: dW goes into memory that the caller holds.
     """
 
     hidden: int
@@ -39,15 +40,16 @@ class Sizes:
     scratch: int
     hides: bool = False
     drops: bool = False
+    adds: bool = False
 
     @staticmethod
-    def of(head: Head, wanted: Wanted, scratch: int) -> Sizes:
+    def of(head: Head, wanted: Wanted, scratch: int, adds: bool) -> Sizes:
         """The sizes of a call on a head."""
         vocab, hidden = head.weight.shape
         turns = requested_backend(head.backend) in (None, *library.REGRAD_BACKENDS)
         hides = head.softcap is not None or head.compute_dtype == head.accumulation_dtype or not turns
         drops = bool(head.max_dropped_mass)
-        return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch, hides, drops)
+        return Sizes(hidden, vocab, head.compute_dtype, head.weight.dtype, wanted, scratch, hides, drops, adds)
 
     @property
     def wide(self) -> int:
@@ -62,7 +64,7 @@ class Sizes:
     @property
     def returned(self) -> int:
         """Bytes of dW as it is returned."""
-        return self.vocab * self.hidden * self.stored.itemsize if self.wanted.weight else 0
+        return self.vocab * self.hidden * self.stored.itemsize if self.wanted.weight and not self.adds else 0
 
     @property
     def accumulator(self) -> int:

@@ -176,7 +176,7 @@ class Machine(Calls):
         first, last = int(lanes[0]), int(lanes[-1])
         I = slice(first, last + 1) if last - first + 1 == len(lanes) else lanes  # noqa: E741
         warps = int(np.count_nonzero(np.diff(self.threads.warp[lanes]))) + 1
-        self.counters.instructions += WARP * warps * len(block.instructions)
+        self.counters.instructions += WARP * warps * block.issued
         self.counters.special += WARP * warps * block.special
         try:
             result = function(self, self.registers, I, len(lanes))
