@@ -1,4 +1,4 @@
-"""The section of docs/performance.md on what a logit costs on paper: counts of executed PTX beside what a GPU can issue.
+"""The section of docs/performance.md on what a logit costs on paper: executed PTX beside what a GPU can issue.
 
 The counts come from ``python -m tests.kernels.ptx.count --write``.
 """
@@ -34,14 +34,14 @@ def section() -> list[str]:
     lines = [
         "## What a logit costs, on paper",
         "",
-        "Counted by `python -m tests.kernels.ptx.count --write`, which executes the PTX that nvcc and Triton emit for",
-        "sm_90 on rows of two widths and takes the difference. An instruction counts for all lanes of its warp; the",
-        "assembler drops most of the moves among them. No GPU was asked. While a byte moves at",
+        "Counted by `python -m tests.kernels.ptx.count --write`, which executes the PTX that nvcc and Triton emit",
+        "for sm_90 on rows of two widths and takes the difference. An instruction counts for all lanes of its warp;",
+        "moves, which the assembler drops, do not count. No GPU was asked. While a byte moves at",
         f"{BANDWIDTH / 1e12:.1f} TB/s an H200 can issue {per_byte(LANES):.1f} lane-instructions, of them",
-        f"{per_byte(SPECIAL_LANES):.2f} of special functions (`ex2`, `rcp`, division). The last column is the larger share",
-        "of the two that a kernel takes while each logit is read once and its gradient written once: well below 100 % it",
-        "is bound by memory, above by instructions. Triton's `row_softmax` reads twice, the second time mostly from the",
-        "L2 cache.",
+        f"{per_byte(SPECIAL_LANES):.2f} of special functions (`ex2`, `rcp`, division). The last column is the larger",
+        "share of the two that a kernel takes while each logit is read once and its gradient written once: well",
+        "below 100 % it is bound by memory, above by instructions. Triton's `row_softmax` reads twice, the second time",
+        "mostly from the L2 cache.",
         "",
         "| kernel | logits, gradient | softcap | wanted | backend | instructions | special | bytes read | written | "
         "share of what can be issued |",

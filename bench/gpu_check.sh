@@ -3,13 +3,16 @@
 # CUDA extension nvcc, ninja and pybind11. Peers may be on PYTHONPATH.
 #
 #   bench/gpu_check.sh OUTDIR
+#   STAGES="build sanitize" bench/gpu_check.sh OUTDIR
 #
-# Writes summary.txt, log.txt and JSON files to OUTDIR, ends in under nine minutes with a summary, and with status 1 if a
-# stage failed or a target of bench/targets.py is missed. Cases that the time doesn't reach are left out, and their
-# targets "not run". PYTHON names the interpreter, COMMIT the commit where git can't tell; STAGES="build rows" takes only
-# those; ROWS_SECONDS, TARGETS_SECONDS and PAIRS_SECONDS give the benchmarks another limit: for all targets take
-# STAGES="targets pairs checks" TARGETS_SECONDS=420 PAIRS_SECONDS=100. STAGES=tune, which is not among those taken unasked,
-# measures block sizes twice for bench/tune.py --write.
+# Each writes summary.txt, log.txt and JSON files to OUTDIR and ends in under nine minutes with a summary, and with status
+# 1 if a stage failed or a target of bench/targets.py is missed. The second puts the kernels under compute-sanitizer,
+# where importing torch alone takes most of a minute. Cases that the time doesn't reach are left out, and their targets
+# "not run". STAGES takes only those that it names; ROWS_SECONDS, TARGETS_SECONDS, PAIRS_SECONDS and SANITIZE_SECONDS give
+# another limit: for all targets take STAGES="targets pairs checks" TARGETS_SECONDS=420 PAIRS_SECONDS=100. STAGES=tune,
+# which is not among those taken unasked, measures block sizes twice for bench/tune.py --write.
+# PYTHON names the interpreter. COMMIT names what is measured where git can't tell; without either it is a hash of the
+# sources, which summary.txt of STAGES=none gives for any checkout.
 # DEVICE=cpu takes the same stages with small cases on a CPU (where tests for a GPU are skipped), to check this script.
 set -u
 
@@ -21,7 +24,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
-stages=" ${STAGES:-machine build tests sanitize rows targets pairs checks} "
+stages=" ${STAGES:-machine build tests rows targets pairs checks} "
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # a build of these sources, whatever this machine built before
@@ -29,6 +32,12 @@ export FUSED_PO_CACHE="$work/cache"
 failed=0
 : >"$out/summary.txt"
 : >"$out/log.txt"
+
+commit=${COMMIT:-$(git describe --always --dirty --match= 2>/dev/null)}
+if [ -z "$commit" ]; then
+  commit=sources-$(find fused_po csrc bench tests -type f \( -name '*.py' -o -name '*.cu*' -o -name '*.h' -o -name '*.cpp' -o -name '*.sh' \) -print0 |
+    LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)
+fi
 
 note() {
   echo "$1" | tee -a "$out/summary.txt"
@@ -52,6 +61,8 @@ stage() {
   note "$name: $verdict after $((SECONDS - start)) s"
 }
 
+note "commit: $commit"
+
 wanted() {
   [[ $stages == *" $1 "* ]]
 }
@@ -68,7 +79,7 @@ doctor() {
 export -f doctor
 export python device out
 
-wanted machine && stage machine 15 "$python" - "$device" <<'PYTHON'
+wanted machine && stage machine 25 "$python" - "$device" <<'PYTHON'
 import platform, sys, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 assert torch.ones(8, device=sys.argv[1]).sum().item() == 8
@@ -85,17 +96,17 @@ if wanted tests; then
   files+=(tests/kernels/test_shards.py)
   workers=()
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  stage tests 120 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+  stage tests 110 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
     --continue-on-collection-errors --durations=10 "${files[@]}"
   # the operations once more on the backend that did not come first
-  stage tests-triton 40 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+  stage tests-triton 35 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
     tests/gpu/test_ops.py
 fi
 
 if wanted sanitize; then
   if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-      stage "$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
+    for tool in memcheck racecheck synccheck; do
+      stage "$tool" "${SANITIZE_SECONDS:-140}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
     done
   else
     note "sanitize: not run, $([ "$device" = cuda ] && echo "compute-sanitizer is not installed" || echo "needs a GPU")"
@@ -104,24 +115,25 @@ fi
 
 cases=()
 [ "$device" = cpu ] && cases=(--seconds 0.3)
-limit=${ROWS_SECONDS:-35}
+limit=${ROWS_SECONDS:-45}
 wanted rows && stage rows "$limit" "$python" -m bench.bench_rows --quick --seconds 1.5 --device "$device" \
-  --commit "${COMMIT:-}" --stop-after $((limit * 2 / 3)) --output "$out/rows.json" "${cases[@]+"${cases[@]}"}"
+  --commit "$commit" --stop-after $((limit * 2 / 3)) --output "$out/rows.json" "${cases[@]+"${cases[@]}"}"
 
-limit=${TARGETS_SECONDS:-135}
-wanted targets && stage targets "$limit" "$python" -m fused_po bench --cases targets --seconds 1 --device "$device" \
-  --commit "${COMMIT:-}" --stop-after $((limit * 4 / 5)) --output "$out/targets.json" "${cases[@]+"${cases[@]}"}"
+limit=${TARGETS_SECONDS:-170}
+# what a target compares: the other routes and backends have no promise
+wanted targets && stage targets "$limit" "$python" -m fused_po bench --cases targets --methods linear_loss peers --seconds 1 --device "$device" \
+  --commit "$commit" --stop-after $((limit * 4 / 5)) --output "$out/targets.json" "${cases[@]+"${cases[@]}"}"
 
 # what needs the logits of the long pair has no place
-limit=${PAIRS_SECONDS:-40}
+limit=${PAIRS_SECONDS:-45}
 wanted pairs && stage pairs "$limit" "$python" -m fused_po bench --cases pairs --methods linear_loss trl --seconds 1 \
-  --device "$device" --commit "${COMMIT:-}" --stop-after $((limit * 4 / 5)) --output "$out/pairs.json" \
+  --device "$device" --commit "$commit" --stop-after $((limit * 4 / 5)) --output "$out/pairs.json" \
   "${cases[@]+"${cases[@]}"}"
 
 if wanted tune; then
   for run in first second; do
     # interpreted where there is no GPU
-    stage "tune-$run" 240 env TRITON_INTERPRET="$([ "$device" = cpu ] && echo 1 || echo 0)" "$python" -m bench.tune --device "$device" --commit "${COMMIT:-}" --stop-after 200 \
+    stage "tune-$run" 240 env TRITON_INTERPRET="$([ "$device" = cpu ] && echo 1 || echo 0)" "$python" -m bench.tune --device "$device" --commit "$commit" --stop-after 200 \
       --seconds "$([ "$device" = cpu ] && echo 0.1 || echo 2)" --output "$out/tune-$run.json"
   done
 fi

@@ -34,9 +34,9 @@ template <bool kSoftcap>
 DEVICE float to_logit(float x, const Transform& transform, float& bend) {
   if constexpr (kSoftcap) {
     const float a = device::product(x, transform.inner);
-    // up to 1 a fit of tanh(a) / a in a^2, relative error 5e-9: beyond, what 1 - tanh|a| is off by weighs little
-    constexpr float kFit[] = {-0.000358445890f, 0.00230134302f, -0.00794607680f, 0.0214866381f,
-                              -0.0538797937f,   0.133323446f,   -0.333332956f};
+    // up to 0.9 a fit of tanh(a) / a in a^2, relative error 1e-9: beyond, what 1 - tanh|a| is off by weighs little
+    constexpr float kFit[] = {-0.000455454574f, 0.00258265249f, -0.00826452672f, 0.0216635335f,
+                              -0.0539292991f,   0.133329779f,   -0.333333224f};
     const float a2 = device::product(a, a), size = fabsf(a);
     float fit = kFit[0];
 #pragma unroll
@@ -46,7 +46,7 @@ DEVICE float to_logit(float x, const Transform& transform, float& bend) {
     const float twice = device::exp2_fast(fmaf(size, -2.0f * kLog2e, 1.0f));
     const float rest = device::product(twice, device::reciprocal_fast(fmaf(0.5f, twice, 1.0f)));
     const float large = 1.0f - rest;
-    const bool is_small = size < 1.0f;
+    const bool is_small = size < 0.9f;
     const float tanh = is_small ? small : device::with_sign(large, a);
     bend = is_small ? fmaf(-tanh, tanh, 1.0f) : fmaf(rest, large, rest);
     return device::product(tanh, transform.scale);

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ROW_OPTIONS",
     "TABLE",
     "architecture",
     "block_and_warps",
     "block_product_config",
     "launch_config",
     "override",
+    "row_options",
 ]
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -30,8 +30,8 @@ Config = dict[str, int]
 # Logits are products, and their differences must be those of the products as rounded: fused into one instruction, a
 # row's largest logit would not be at distance 0 from the maximum. Where fusing is right, the kernels say so. Both are
 # given since Triton's default is another from 3.10 on.
-ROW_OPTIONS = {"enable_fp_fusion": False}
-PRODUCT_OPTIONS = {"enable_fp_fusion": True}
+ROW_OPTIONS: Config = {"enable_fp_fusion": False}
+PRODUCT_OPTIONS: Config = {"enable_fp_fusion": True}
 
 _overrides: dict[str, Config] = {}
 
@@ -74,7 +74,16 @@ def block_and_warps(kernel: str, width: int, name: str = "default") -> tuple[int
 def launch_config(kernel: str, width: int, device: torch.device) -> Config:
     """The same as keyword arguments of a launch, with the options that every launch has."""
     block, warps = block_and_warps(kernel, width, architecture(device))
-    return {"BLOCK": block, "num_warps": warps, **ROW_OPTIONS}
+    return {"BLOCK": block, "num_warps": warps, **row_options(kernel, block, warps)}
+
+
+def row_options(kernel: str, block: int, warps: int) -> Config:
+    """Options of the compiler. Left to itself it holds ``row_stats`` to 64 registers at 16 columns a thread and spills;
+    with 80 as many blocks fit.
+    """
+    if kernel != "row_stats":
+        return ROW_OPTIONS
+    return {**ROW_OPTIONS, "maxnreg": max(80, 5 * block // (32 * warps))}
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expm1", "shifted_exp", "to_logits"]
+__all__ = ["LOG2E", "expm1", "reciprocal", "shifted_exp", "to_logits"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -17,28 +19,35 @@ def expm1(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x rounded once, of a finite x: the plain ``/`` is off by two units."""
+    y = 1.0 / x
+    return tl.fma(tl.fma(-y, x, 1.0), y, y)
+
+
+@triton.jit
 def to_logits(x, inverse, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """Raw head output to logits z and the slope dz/dx."""
+    """Raw head output to logits z, and dz/dx over its value at 0, which is logit_scale times inverse."""
     if HAS_SOFTCAP:
-        a = x * tl.div_rn(logit_scale, softcap)
-        # up to 1 a fit of tanh(a) / a in a^2, relative error 5e-9: beyond, what 1 - tanh|a| is off by weighs little
+        a = x * (logit_scale * reciprocal(softcap))
+        # up to 0.9 a fit of tanh(a) / a in a^2, relative error 1e-9: beyond, what 1 - tanh|a| is off by weighs little
         a2 = a * a
-        fit = tl.fma(tl.fma(a2, -0.000358445890, 0.00230134302), a2, -0.00794607680)
-        fit = tl.fma(tl.fma(fit, a2, 0.0214866381), a2, -0.0538797937)
-        fit = tl.fma(tl.fma(fit, a2, 0.133323446), a2, -0.333332956)
+        fit = tl.fma(tl.fma(a2, -0.000455454574, 0.00258265249), a2, -0.00826452672)
+        fit = tl.fma(tl.fma(fit, a2, 0.0216635335), a2, -0.0539292991)
+        fit = tl.fma(tl.fma(fit, a2, 0.133329779), a2, -0.333333224)
         small = tl.fma(fit * a2, a, a)
         # 2 e^(-2|a|), then 1 - tanh|a|, of which 1 - tanh^2 is made without a difference
-        twice = 2.0 * tl.exp(-2.0 * tl.abs(a))
+        twice = tl.exp2(tl.fma(tl.abs(a), -2.0 * LOG2E, 1.0))
         rest = twice / tl.fma(twice, 0.5, 1.0)
         large = 1.0 - rest
-        is_small = tl.abs(a) < 1.0
+        is_small = tl.abs(a) < 0.9
         tanh = tl.where(is_small, small, tl.where(a < 0, -large, large))
         z = tanh * (softcap * inverse)
-        slope = tl.where(is_small, tl.fma(-small, small, 1.0), tl.fma(rest, large, rest)) * (logit_scale * inverse)
+        bend = tl.where(is_small, tl.fma(-small, small, 1.0), tl.fma(rest, large, rest))
     else:
         z = x * (logit_scale * inverse)
-        slope = tl.zeros_like(z) + logit_scale * inverse
-    return z, slope
+        bend = 1.0
+    return z, bend
 
 
 @triton.jit

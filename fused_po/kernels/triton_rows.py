@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_po.kernels.configs import launch_config
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform
-from fused_po.kernels.triton_math import expm1, shifted_exp, to_logits
+from fused_po.kernels.triton_math import LOG2E, expm1, reciprocal, shifted_exp, to_logits
 
 __all__ = ["device_of", "row_grad", "row_softmax", "row_stats", "unsupported"]
 
@@ -24,9 +24,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _inverse(temperatures_ptr, inverse, row, HAS_TEMPERATURES: tl.constexpr):
-    """1 / T of a row, rounded once: an error in it is in every logit. The plain ``/`` is off by two units."""
+    """1 / T of a row: an error in it is in every logit."""
     if HAS_TEMPERATURES:
-        return tl.div_rn(1.0, tl.load(temperatures_ptr + row))
+        return reciprocal(tl.load(temperatures_ptr + row))
     return inverse
 
 
@@ -171,15 +171,17 @@ def row_softmax_kernel(
     # 1 - p_y from the margin, exact at both ends
     own = tl.div_rn(1.0, 1.0 + tl.exp(logit - top - tl.log(total)))
     own = tl.where(total == 0.0, 0.0, own)
-    rest = tl.where(total == 0.0, 0.0, tl.div_rn(own, total))
+    slope = logit_scale * inv
+    rest = tl.where(total == 0.0, 0.0, tl.div_rn(own, total)) * -slope
+    own = own * slope
     base = tl.where(top == -float("inf"), 0.0, top)
     # the second read of the row comes from the cache
     for first in range(0, out_width, BLOCK):
         columns = first + tl.arange(0, BLOCK)  # (BLOCK,)
         inside = columns < width
         x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
-        z, slope = to_logits(x, inv, softcap, logit_scale, HAS_SOFTCAP)
-        grad = tl.where(columns == target, own, -rest * tl.exp(z - base)) * slope
+        z, bend = to_logits(x, inv, softcap, logit_scale, HAS_SOFTCAP)
+        grad = tl.where(columns == target, own, rest * tl.exp(z - base)) * bend
         grad = tl.where(inside, grad, 0.0)
         tl.store(out_row + columns, grad.to(out_ptr.dtype.element_ty), mask=columns < out_width)
 
@@ -219,31 +221,35 @@ def row_grad_kernel(
     own = tl.load(anchors_ptr + row)
     shift = tl.load(anchors_ptr + count + row)
     gap = tl.load(anchors_ptr + 2 * count + row)
-    factor = 0.0
-    if HAS_L:
-        factor += tl.load(l_ptr + row)
+    c, e, l, entropy = 0.0, 0.0, 0.0, 0.0  # noqa: E741
     if HAS_C:
         c = tl.load(c_ptr + row)
-        factor -= c
+    if HAS_L:
+        l = tl.load(l_ptr + row)  # noqa: E741
+    if HAS_E:
+        e = tl.load(e_ptr + row)
+        entropy = tl.load(anchors_ptr + 3 * count + row)
+    slope = logit_scale * inv
+    # at the target c (1 - p_y) comes as a whole: c - c p_y would cancel
+    p_own = tl.exp(own)
+    exact = (p_own * (l - e * (tl.where(p_own == 0.0, 0.0, own) + entropy)) - c * expm1(own)) * slope
+    factor, weight = (l - c) * slope, -e * slope
+    bits = gap * LOG2E
     for first in range(0, out_width, BLOCK):
         columns = first + tl.arange(0, BLOCK)  # (BLOCK,)
         inside = columns < width
         x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
-        z, slope = to_logits(x, inv, softcap, logit_scale, HAS_SOFTCAP)
-        is_target = columns == target
-        log_p = tl.where(is_target, own, (z - shift) + gap)
-        p = tl.exp(log_p)
-        bracket = factor
+        z, bend = to_logits(x, inv, softcap, logit_scale, HAS_SOFTCAP)
+        above = z - shift
         if HAS_E:
+            p = tl.exp(above + gap)
             # p log p is 0 where p is
-            log_p = tl.where(p == 0.0, 0.0, log_p)
-            bracket = factor - tl.load(e_ptr + row) * (log_p + tl.load(anchors_ptr + 3 * count + row))
-        grad = p * bracket
-        if HAS_C:
-            # at the target p (bracket + c) leaves out c, which comes as c (1 - p_y)
-            exact = p * (bracket + c) - c * expm1(own)
-            grad = tl.where(is_target, exact, grad)
-        grad = tl.where(inside, grad * slope, 0.0)
+            log_p = tl.where(p == 0.0, 0.0, above + gap)
+            grad = p * tl.fma(log_p + entropy, weight, factor)
+        else:
+            grad = tl.exp2(tl.fma(above, LOG2E, bits)) * factor
+        grad = tl.where(columns == target, exact, grad) * bend
+        grad = tl.where(inside, grad, 0.0)
         tl.store(out_row + columns, grad.to(out_ptr.dtype.element_ty), mask=columns < out_width)
 
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_po.kernels import triton_blocks, triton_rows
-from fused_po.kernels.configs import ROW_OPTIONS, block_and_warps, block_product_config
+from fused_po.kernels.configs import block_and_warps, block_product_config, row_options
 
 ARCHITECTURES = (80, 90, 100, 120)
 # logits in, gradient tile out
@@ -74,7 +74,7 @@ def launch(kernel: str, elements: tuple[str, str]) -> tuple[dict[str, int], dict
         sizes = {"GROUP": triton_blocks.GROUP, "WIDTH": triton_blocks.WIDTH, "BLOCK": config.pop("BLOCK")}
         return sizes, config
     block, warps = block_and_warps(kernel, 1 << 17)
-    return {"BLOCK": block}, {"num_warps": warps, **ROW_OPTIONS}
+    return {"BLOCK": block}, {"num_warps": warps, **row_options(kernel, block, warps)}
 
 
 def compile_one(kernel: str, architecture: int, elements: tuple[str, str], flags: dict[str, bool]) -> dict[str, object]:

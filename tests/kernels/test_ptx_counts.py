@@ -11,8 +11,12 @@ needs_nvcc = pytest.mark.skipif(unavailable_backend("cuda-ptx") is not None, rea
 # lane-instructions a logit of the CUDA kernels without softcap; with it, special functions apart, at most so many times
 # as many
 BUDGETS = {
-    **{("row_stats", "bf16"): 12, ("row_softmax", "bf16"): 25, ("row_grad", "bf16"): 20},
-    **{("row_stats", "fp32"): 16, ("row_softmax", "fp32"): 32, ("row_grad", "fp32"): 27},
+    ("row_stats", "bf16"): 12,
+    ("row_softmax", "bf16"): 25,
+    ("row_grad", "bf16"): 20,
+    ("row_stats", "fp32"): 16,
+    ("row_softmax", "fp32"): 32,
+    ("row_grad", "fp32"): 27,
 }
 SOFTCAP = 2.2
 LINES = [

@@ -125,11 +125,8 @@ def wide_dtype(backend: str, device: str, element: str) -> torch.dtype:
 
 @on_backends(*FLOATS)
 @pytest.mark.parametrize("case", CASES)
-def test_statistics(case, element, backend, device, request):
+def test_statistics(case, element, backend, device):
     wide = wide_dtype(backend, device, element)
-    if "ptx" in backend and case == "everything":
-        reason = "what ex2 and rcp may be off by, through tanh, can be up to twice the rule; on a GPU they are nearer"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     problem = make(case, element, device)
     stats = run_stats(problem, backend)
     _, truth = plain(problem, torch.float64)

@@ -23,8 +23,11 @@ extern "C" void fused_po_configure(unsigned long long seed, int planted) {
   fused_po::fiber::planted = planted;
 }
 
-// launches are noted from now on, or run
-extern "C" void fused_po_note(int wanted) { fused_po::note.wanted = wanted != 0; }
+// launches are noted from now on, or run; a note stays until others are wanted
+extern "C" void fused_po_note(int wanted) {
+  fused_po::note.wanted = wanted != 0;
+  if (wanted) fused_po::note.kernel.clear();
+}
 extern "C" const char* fused_po_noted_kernel() { return fused_po::note.kernel.c_str(); }
 extern "C" const void* fused_po_noted_arguments() { return &fused_po::note.args; }
 extern "C" int fused_po_argument_bytes() { return sizeof(fused_po::RowArgs); }

@@ -35,9 +35,12 @@ class Block:
     follower: int
     target: int | None = None
     live: frozenset[int] = frozenset()
+    issued: int = field(init=False)
     special: int = field(init=False)
 
     def __post_init__(self) -> None:
+        # the assembler folds moves of registers and constants into what reads them
+        self.issued = sum(instruction.op[0] != "mov" for instruction in self.instructions)
         self.special = sum(instruction.op[0] in SPECIAL for instruction in self.instructions)
 
 

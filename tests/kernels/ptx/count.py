@@ -2,8 +2,9 @@
 
 Each kernel runs on one row of two widths with the same geometry; the difference leaves out what a row costs once. An
 instruction counts for all 32 lanes of its warp, as the GPU issues it, and where lanes diverge for each of their ways.
-Neighbours that read one place count its bytes once. These are PTX instructions: the assembler drops most of the moves,
-joins some of the others, and makes several of a division, so that the machine code is near to this and not the same.
+Neighbours that read one place count its bytes once. These are PTX instructions without moves, which the assembler
+drops; it joins some of the others, and makes several of a division. So the machine code is near to this and not the
+same: with a softcap, the loop of row_stats over bfloat16 had 27.2 instructions a logit where 27.5 were counted.
 
 ``--write`` keeps the table in ``bench/counts.json``, from which ``bench.report`` takes it, and which no kernel may
 exceed.

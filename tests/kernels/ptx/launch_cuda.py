@@ -12,22 +12,22 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_po.kernels.build import BuildError, Toolkit
-from fused_po.kernels.contract import Coefficients, Span, Transform
+from fused_po.kernels.contract import Coefficients, Span
 from fused_po.testing import KernelProblem
 from tests.kernels.fiber import CSRC, Fibers, build
-from tests.kernels.ptx.machine import Counters, Geometry, Program, run
-from tests.kernels.ptx.memory import Global, Region, put_back, region_of
-from tests.kernels.ptx.parse import Kernel, Module
+from tests.kernels.ptx.backend import PtxBackend, Ready
+from tests.kernels.ptx.machine import Geometry, Program
+from tests.kernels.ptx.parse import Module
 
 __all__ = ["CudaPtx", "modules", "noted_kernels", "unavailable"]
 
@@ -96,6 +96,8 @@ def _noted() -> Iterator[list[Launch]]:
         yield found
     finally:
         library.fused_po_note(0)
+    if not library.fused_po_noted_kernel():
+        return
     size = library.fused_po_argument_bytes()
     plan = {name: int(value) for name, value in module.build_info().items()}
     geometry = Geometry((plan["blocks"], 1, 1), plan["threads"], plan["cluster"], plan["shared"])
@@ -118,128 +120,29 @@ def noted_kernels(gpu: str, kernel: str, problem: KernelProblem, outputs: tuple[
     return {launch.kernel for launch in noted}
 
 
-class CudaPtx(Fibers):
-    """A backend, see ``fused_po.kernels.contract``.
+class CudaPtx(PtxBackend):
+    """The kernels of nvcc.
 
     Args:
         gpu: one of ``fiber.GPUS``, whose plans are made.
         architecture: of the PTX.
-        seed, salt: of the machine, see ``machine.run``.
-        change: what to do to a kernel before it runs.
-        last: run the blocks of as many of the last rows; the others need not be in memory. None runs all.
-
-    Attributes:
-        launches: what was launched, with what it did.
+        options: see ``PtxBackend``.
     """
 
-    def __init__(
-        self,
-        gpu: str,
-        architecture: str = "90a",
-        seed: int = 1,
-        salt: int | None = None,
-        change: Callable[[Kernel], None] | None = None,
-        last: int | None = None,
-    ) -> None:
-        super().__init__(gpu)
-        self.architecture, self.seed, self.salt = architecture, seed, salt
-        self.change, self.last = change, last
-        self.launches: list[tuple[Launch, Counters]] = []
+    def __init__(self, gpu: str, architecture: str = "90a", **options: Any) -> None:
+        super().__init__(Fibers(gpu), **options)
+        self.architecture = architecture
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
-        return unavailable() or super().unsupported(kernel, x)
+        return unavailable() or self.inner.unsupported(kernel, x)
 
-    def program(self, file: str, launch: Launch) -> Program:
-        if self.change is None:
-            return program(self.architecture, file, launch.kernel)
-        kernel = modules(self.architecture)[file].fresh_kernel(launch.kernel)
-        self.change(kernel)
-        return Program(kernel)
+    def noted(self) -> AbstractContextManager[list[Any]]:
+        return _noted()
 
-    def _run(self, file: str, launch: Launch, regions: list[tuple[Region, Tensor]]) -> None:
-        memory = Global([region for region, _ in regions])
-        made = self.program(file, launch)
-        blocks = None
-        if self.last is not None:
-            total, rows = launch.geometry.grid[0], regions[0][0].rows
-            blocks = range(total // rows * (rows - self.last), total)
-        counters = run(made, launch.geometry, launch.parameters, memory, self.seed, blocks, self.salt)
-        for region, tensor in regions:
-            if region.writable:
-                put_back(region, tensor)
-        self.launches.append((launch, counters))
-
-    def row_stats(
-        self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]
-    ) -> Tensor:
-        labels, transform = labels.contiguous(), contiguous(transform)
-        with _noted() as noted:
-            partials = super().row_stats(x, labels, transform, span, outputs)
-        if x.shape[0]:
-            given = [*inputs(x, labels, transform, span, None, self.last), output("partials", partials)]
-            self._run("row_stats", noted[0], given)
-        return partials
-
-    def row_softmax(
-        self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], out: Tensor
-    ) -> Tensor:
-        labels, transform = labels.contiguous(), contiguous(transform)
-        with _noted() as noted:
-            partials = super().row_softmax(x, labels, transform, span, outputs, out)
-        if x.shape[0]:
-            given = [*inputs(x, labels, transform, span, out, self.last), output("partials", partials)]
-            self._run("row_softmax", noted[0], given)
-        return partials
-
-    def row_grad(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        transform: Transform,
-        span: Span,
-        anchors: Tensor,
-        coefficients: Coefficients,
-        out: Tensor,
-    ) -> None:
-        labels, transform, anchors = labels.contiguous(), contiguous(transform), anchors.contiguous()
-        coefficients = Coefficients(*(None if c is None else c.contiguous() for c in coefficients))
-        with _noted() as noted:
-            super().row_grad(x, labels, transform, span, anchors, coefficients, out)
-        if x.shape[0]:
-            given = [*inputs(x, labels, transform, span, out, self.last), (region_of("anchors", anchors), anchors)]
-            names = zip(("c", "e", "l"), coefficients, strict=True)
-            given += [(region_of(name, c), c) for name, c in names if c is not None]
-            self._run("row_grad", noted[0], given)
-
-
-def contiguous(transform: Transform) -> Transform:
-    if transform.temperatures is None:
-        return transform
-    return Transform(
-        transform.temperature, transform.temperatures.contiguous(), transform.softcap, transform.logit_scale
-    )
-
-
-def inputs(
-    x: Tensor, labels: Tensor, transform: Transform, span: Span, out: Tensor | None, last: int | None
-) -> list[tuple[Region, Tensor]]:
-    """Memory of the logits, of the output if there is one, and of what comes with each row; of the last rows only."""
-    in_place = out is not None and out.data_ptr() == x.data_ptr()
-    count = len(x) if last is None else last
-
-    def matrix(name: str, tensor: Tensor, columns: int, written: int) -> tuple[Region, Tensor]:
-        kept = tensor[len(x) - count :]
-        place = {"address": tensor.data_ptr(), "rows": len(x)}
-        return region_of(name, kept, columns=columns, written=written, **place), kept
-
-    found = [matrix("x", x, span.width, x.shape[1] if in_place else 0)]
-    if out is not None and not in_place:
-        found.append(matrix("out", out, 0, out.shape[1]))
-    found.append((region_of("labels", labels), labels))
-    if transform.temperatures is not None:
-        found.append((region_of("temperatures", transform.temperatures), transform.temperatures))
-    return found
-
-
-def output(name: str, tensor: Tensor) -> tuple[Region, Tensor]:
-    return region_of(name, tensor, written=1), tensor
+    def ready(self, kernel: str, launch: Launch) -> Ready:
+        made = program(self.architecture, kernel, launch.kernel)
+        if self.change is not None:
+            fresh = modules(self.architecture)[kernel].fresh_kernel(launch.kernel)
+            self.change(fresh)
+            made = Program(fresh)
+        return Ready(made, launch.geometry, launch.parameters)

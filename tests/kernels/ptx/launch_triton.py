@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,10 +20,9 @@ from unittest import mock
 from torch import Tensor
 
 from fused_po.kernels import configs, triton_blocks, triton_rows
-from fused_po.kernels.contract import Coefficients, Span, Transform
-from tests.kernels.ptx.launch_cuda import contiguous, inputs, output
-from tests.kernels.ptx.machine import Counters, Geometry, Program, run
-from tests.kernels.ptx.memory import Global, Region, put_back, region_of
+from tests.kernels.ptx.backend import PtxBackend, Ready, run_ready
+from tests.kernels.ptx.machine import Geometry, Program
+from tests.kernels.ptx.memory import region_of
 from tests.kernels.ptx.parse import Kernel, Module
 
 __all__ = ["Compiled", "Launched", "TritonPtx", "compiled", "noted", "run_products"]
@@ -122,36 +121,26 @@ def noted(module: Any, architecture: int) -> Iterator[list[Launched]]:
         yield found
 
 
-def execute(
-    launch: Launched,
-    made: Compiled,
-    regions: list[tuple[Region, Tensor]],
-    seed: int,
-    blocks: range | None = None,
-    salt: int | None = None,
-) -> Counters:
-    """Run a launch, and put what it wrote into the tensors."""
-    kernel = made.program.kernel
-    given = [(type_, value) for type_, value, kept in zip(made.types, launch.arguments, made.kept, strict=True) if kept]
+def ready(launch: Launched, architecture: int, change: Callable[[Kernel], None] | None) -> Ready:
+    """A launch with the parameters that its compiled kernel takes."""
+    made = compiled(launch, architecture)
+    program = made.program
+    if change is not None:
+        kernel = copy.deepcopy(program.kernel)
+        change(kernel)
+        program = Program(kernel)
+    arguments = zip(made.types, launch.arguments, made.kept, strict=True)
+    given = [(type_, value) for type_, value, kept in arguments if kept]
+    parameters = bytearray(program.kernel.parameter_bytes)
     # Triton appends pointers to memory of its own, which these kernels have none of
-    assert len(kernel.parameters) - len(given) in (0, 1, 2), kernel.parameters
-    parameters = bytearray(kernel.parameter_bytes)
-    addresses = {id(tensor): region.base for region, tensor in regions}
-    for (type_, value), parameter in zip(given, kernel.parameters, strict=False):
-        if isinstance(value, Tensor):
-            raw = struct.pack("<Q", addresses.get(id(value), value.data_ptr()))
-        else:
-            raw = struct.pack(PACKED[type_], value)
+    assert len(program.kernel.parameters) - len(given) in (0, 1, 2), program.kernel.parameters
+    for (type_, value), parameter in zip(given, program.kernel.parameters, strict=False):
+        is_tensor = isinstance(value, Tensor)
+        raw = struct.pack("<Q", value.data_ptr()) if is_tensor else struct.pack(PACKED[type_], value)
         assert len(raw) == parameter.size, parameter
         parameters[parameter.offset : parameter.offset + parameter.size] = raw
-    grid = (*launch.grid, 1, 1)[:3]
-    geometry = Geometry(grid, 32 * made.warps, 1, made.shared)
-    memory = Global([region for region, _ in regions])
-    counters = run(made.program, geometry, bytes(parameters), memory, seed, blocks, salt)
-    for region, tensor in regions:
-        if region.writable:
-            put_back(region, tensor)
-    return counters
+    geometry = Geometry((*launch.grid, 1, 1)[:3], 32 * made.warps, 1, made.shared)
+    return Ready(program, geometry, bytes(parameters))
 
 
 def run_products(
@@ -167,41 +156,20 @@ def run_products(
                 columns = None if value.is_contiguous() else value.shape[1]
                 written = int(value.data_ptr() == output.data_ptr())
                 regions.append((region_of(str(number), value, columns=columns, written=written), value))
-        execute(launch, _changed(compiled(launch, 90), change), regions, seed)
+        run_ready(ready(launch, 90, change), regions, seed)
 
 
-def _changed(made: Compiled, change: Callable[[Kernel], None] | None) -> Compiled:
-    if change is None:
-        return made
-    kernel = copy.deepcopy(made.program.kernel)
-    change(kernel)
-    return made._replace(program=Program(kernel))
-
-
-class TritonPtx:
-    """A backend, see ``fused_po.kernels.contract``.
+class TritonPtx(PtxBackend):
+    """The kernels of Triton.
 
     Args:
         architecture: for example 90.
-        seed, salt: of the machine, see ``machine.run``.
-        change: what to do to a kernel before it runs.
-        last: run the blocks of as many of the last rows; the others need not be in memory. None runs all.
-
-    Attributes:
-        launches: what was launched, with what it did.
+        options: see ``PtxBackend``.
     """
 
-    def __init__(
-        self,
-        architecture: int = 90,
-        seed: int = 1,
-        salt: int | None = None,
-        change: Callable[[Kernel], None] | None = None,
-        last: int | None = None,
-    ) -> None:
-        self.architecture, self.seed, self.salt = architecture, seed, salt
-        self.change, self.last = change, last
-        self.launches: list[tuple[Launched, Counters]] = []
+    def __init__(self, architecture: int = 90, seed: int = 1, **options: Any) -> None:
+        super().__init__(triton_rows, seed, **options)
+        self.architecture = architecture
 
     def unsupported(self, kernel: str, x: Tensor) -> str | None:
         if x.device.type != "cpu":
@@ -210,47 +178,8 @@ class TritonPtx:
             return "columns must be contiguous"
         return triton_rows.unsupported(kernel, x) if x.dtype.itemsize > 4 else None
 
-    def _run(self, launches: list[Launched], regions: list[tuple[Region, Tensor]]) -> None:
-        for launch in launches:
-            made = _changed(compiled(launch, self.architecture), self.change)
-            blocks = None if self.last is None else range(launch.grid[0] - self.last, launch.grid[0])
-            self.launches.append((launch, execute(launch, made, regions, self.seed, blocks, self.salt)))
+    def noted(self) -> AbstractContextManager[list[Any]]:
+        return noted(triton_rows, self.architecture)
 
-    def row_stats(
-        self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]
-    ) -> Tensor:
-        transform = contiguous(transform)
-        with noted(triton_rows, self.architecture) as launches:
-            partials = triton_rows.row_stats(x, labels, transform, span, outputs)
-        if launches:
-            self._run(launches, [*inputs(x, labels, transform, span, None, self.last), output("partials", partials)])
-        return partials
-
-    def row_softmax(
-        self, x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], out: Tensor
-    ) -> Tensor:
-        transform = contiguous(transform)
-        with noted(triton_rows, self.architecture) as launches:
-            partials = triton_rows.row_softmax(x, labels, transform, span, outputs, out)
-        if launches:
-            self._run(launches, [*inputs(x, labels, transform, span, out, self.last), output("partials", partials)])
-        return partials
-
-    def row_grad(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        transform: Transform,
-        span: Span,
-        anchors: Tensor,
-        coefficients: Coefficients,
-        out: Tensor,
-    ) -> None:
-        transform, anchors = contiguous(transform), anchors.contiguous()
-        coefficients = Coefficients(*(None if c is None else c.contiguous() for c in coefficients))
-        with noted(triton_rows, self.architecture) as launches:
-            triton_rows.row_grad(x, labels, transform, span, anchors, coefficients, out)
-        if launches:
-            given = [*inputs(x, labels, transform, span, out, self.last), (region_of("anchors", anchors), anchors)]
-            names = zip(("c", "e", "l"), coefficients, strict=True)
-            self._run(launches, given + [(region_of(name, c), c) for name, c in names if c is not None])
+    def ready(self, kernel: str, launch: Launched) -> Ready:
+        return ready(launch, self.architecture, self.change)

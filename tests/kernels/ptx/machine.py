@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 WARP = 32
 # threads that run together
 LANES = 4096
+# of a launch that comes to an end
+MOST_STEPS = 20_000_000
 
 
 @dataclass
@@ -145,7 +147,7 @@ class Machine(Calls):
         self.products = Products(self.threads, self.shared, self.registers)
 
     def run(self) -> None:
-        threads = self.threads
+        threads, done = self.threads, 0
         while (threads.status != DONE).any():
             if self.engine.queue or self.engine.copies:
                 self.engine.land(self.scheduler.landing())
@@ -163,6 +165,9 @@ class Machine(Calls):
                 if position == len(self.program.blocks):
                     break
                 self.step(position, np.flatnonzero(standing == position))
+                done += 1
+                if done > MOST_STEPS:
+                    raise Fault(f"{self.program.kernel.name}: no end in sight")
 
     def step(self, number: int, lanes: Array) -> None:
         """One basic block on some lanes."""
@@ -171,7 +176,7 @@ class Machine(Calls):
         first, last = int(lanes[0]), int(lanes[-1])
         I = slice(first, last + 1) if last - first + 1 == len(lanes) else lanes  # noqa: E741
         warps = int(np.count_nonzero(np.diff(self.threads.warp[lanes]))) + 1
-        self.counters.instructions += WARP * warps * len(block.instructions)
+        self.counters.instructions += WARP * warps * block.issued
         self.counters.special += WARP * warps * block.special
         try:
             result = function(self, self.registers, I, len(lanes))
