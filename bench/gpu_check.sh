@@ -79,7 +79,7 @@ doctor() {
 export -f doctor
 export python device out
 
-wanted machine && stage machine 25 "$python" - "$device" <<'PYTHON'
+wanted machine && stage machine 60 "$python" - "$device" <<'PYTHON'
 import platform, sys, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 assert torch.ones(8, device=sys.argv[1]).sum().item() == 8
@@ -96,7 +96,7 @@ if wanted tests; then
   files+=(tests/kernels/test_shards.py)
   workers=()
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  stage tests 110 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
+  stage tests 100 "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
     --continue-on-collection-errors --durations=10 "${files[@]}"
   # the operations once more on the backend that did not come first
   stage tests-triton 35 env FUSED_PO_BACKEND=triton "$python" -m pytest -m gpu "${workers[@]+"${workers[@]}"}" \
@@ -119,7 +119,7 @@ limit=${ROWS_SECONDS:-45}
 wanted rows && stage rows "$limit" "$python" -m bench.bench_rows --quick --seconds 1.5 --device "$device" \
   --commit "$commit" --stop-after $((limit * 2 / 3)) --output "$out/rows.json" "${cases[@]+"${cases[@]}"}"
 
-limit=${TARGETS_SECONDS:-170}
+limit=${TARGETS_SECONDS:-155}
 # what a target compares: the other routes and backends have no promise
 wanted targets && stage targets "$limit" "$python" -m fused_po bench --cases targets --methods linear_loss peers --seconds 1 --device "$device" \
   --commit "$commit" --stop-after $((limit * 4 / 5)) --output "$out/targets.json" "${cases[@]+"${cases[@]}"}"
