@@ -202,9 +202,8 @@ def test_the_cache_follows_what_a_build_depends_on(fake, monkeypatch):
 
 def test_a_compiler_that_refuses_is_asked_once(fake, monkeypatch):
     """Eight ranks, and the next run, are told the same without another try; what changes the build is tried at once."""
-    made = recipe(fake)
+    made, tries = recipe(fake), []
     (made.sources / "rows.cu").write_text("broken\n")
-    tries = []
     for _ in range(3):
         with pytest.raises(BuildError, match=r'nvcc 13.0.88 failed: rows.cu\(1\): error: identifier "broken"'):
             jit.build_cached(made)
