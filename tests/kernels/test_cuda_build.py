@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import filelock
 import pytest
@@ -201,9 +202,8 @@ def test_the_cache_follows_what_a_build_depends_on(fake, monkeypatch):
 
 def test_a_compiler_that_refuses_is_asked_once(fake, monkeypatch):
     """Eight ranks, and the next run, are told the same without another try; what changes the build is tried at once."""
-    made = recipe(fake)
+    made, tries = recipe(fake), []
     (made.sources / "rows.cu").write_text("broken\n")
-    tries = []
     for _ in range(3):
         with pytest.raises(BuildError, match=r'nvcc 13.0.88 failed: rows.cu\(1\): error: identifier "broken"'):
             jit.build_cached(made)
@@ -248,10 +248,7 @@ def test_without_a_home_directory(fake, monkeypatch):
 def test_a_file_system_without_locks(fake, monkeypatch):
     """One that says so, and one that never gives a lock."""
     made = recipe(fake)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
-
+    refuse = Mock(side_effect=NotImplementedError("FileSystem does not appear to support flock"))
     with monkeypatch.context() as patch:
         patch.setattr(filelock.FileLock, "acquire", refuse)
         with pytest.raises(BuildError, match="has no locks .*flock.*: set FUSED_PO_CACHE"):
@@ -401,7 +398,3 @@ def test_a_source_distribution_holds_the_sources(fake, checkout):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"setup.py"} <= names
     assert not calls(fake)
-
-
-def test_sources_are_found_in_a_checkout():
-    assert build.find_sources() == ROOT / "csrc"

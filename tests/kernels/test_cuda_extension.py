@@ -14,7 +14,7 @@ import torch
 import triton
 
 from fused_po.kernels import cuda, jit
-from fused_po.kernels.build import BuildError
+from fused_po.kernels.build import BuildError, find_sources
 from fused_po.kernels.contract import Coefficients, Span, Transform
 from fused_po.kernels.select import select
 
@@ -201,3 +201,7 @@ def test_what_pointers_would_hide_is_refused():
         cuda.row_grad(x, labels, Transform(), span, anchors[:3], Coefficients(ones), x)
     with pytest.raises(ValueError, match="coefficients: got \\(1,\\)"):
         cuda.row_grad(x, labels, Transform(), span, anchors, Coefficients(ones[:1]), x)
+
+
+def test_sources_are_found_in_a_checkout():
+    assert find_sources() == Path(__file__).resolve().parents[2] / "csrc"

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from fused_po.kernels import library  # noqa: F401  registers the operators
 from fused_po.kernels import select as selection
 from fused_po.kernels.select import select
 
