@@ -68,8 +68,10 @@ class Shard:
 
     def summed(self, product: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
-        dist.all_reduce(product, group=self.group)
-        return product
+        # rows of a buffer may be further apart than they are wide, and backends take memory as it lies
+        whole = product.contiguous()
+        dist.all_reduce(whole, group=self.group)
+        return product if whole is product else product.copy_(whole)
 
     def check(self, rows: int, device: torch.device) -> None:
         """Raise ValueError where ranks hold weights of different heights; reads a number from the device."""

@@ -96,8 +96,9 @@ def show(found: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for name, row in found["cases"].items():
         ours = row["ours"]
+        over = row["limit"] is not None and found["on_paper"] == REFERENCE and ours["over_bare"] > row["limit"]
         texts = [
-            f"{ours['over_bare']:.3f}",
+            f"{ours['over_bare']:.3f}" + (" OVER" if over else ""),
             f"{ours['over_bare_hidden']:.3f}",
             f"{ours['over_bare_launches']:.3f}",
             *(str(ours[key]) for key in ("products", "launches", "waits")),
@@ -117,8 +118,8 @@ def show(found: dict[str, Any]) -> None:
     used = found["peers_recorded_with"]
     versions = ", ".join(f"{name} {number}" for name, number in used.items() if name != "command")
     console.print(
-        "at most: on an h200. hidden: accumulators pass while products compute. scratch: most alive beyond inputs and "
-        "returned gradients."
+        "at most: this project's own limit, set for an h200. hidden: accumulators pass while products compute. scratch: "
+        "most alive beyond inputs and returned gradients."
     )
     if any(other and other["recorded"] for row in found["cases"].values() for other in row["peers"].values()):
         console.print(f"*: counted before, with {versions}, by {used['command']}")

@@ -57,7 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: unknown cases or methods, or a device that is not there.
     """
     if arguments.paper is not None:
+        if arguments.methods is not None or arguments.commit is not None:
+            raise ValueError("--methods and --commit are of measurements: --paper shows all routes, and TRL's function")
         return _on_paper(arguments)
+    if arguments.json or arguments.lines is not None:
+        raise ValueError("--json and --lines go with --paper; --output FILE writes measurements as JSON")
     import torch
 
     from fused_po.bench.cases import choose, groups
@@ -97,7 +101,7 @@ def _on_paper(arguments: argparse.Namespace) -> int:
     from fused_po.bench.paper_table import report, show
     from fused_po.prices import device
 
-    on, cases = device(arguments.paper), choose(arguments.cases or ())
+    on, cases = device(arguments.paper.lower()), choose(arguments.cases or ())
     if arguments.list:
         print("\n".join(CASES))
         return 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fused_po.kernels.select import select
 
-__all__ = ["BACKENDS", "block_mm", "block_mm_t", "choose", "kept_blocks"]
+__all__ = ["BACKENDS", "block_mm", "block_mm_t", "choose", "kept_blocks", "leaves_out"]
 
 BACKENDS = {"triton": "fused_po.kernels.triton_blocks", "reference": "fused_po.kernels.reference_blocks"}
 # shares are added as whole numbers of this: an order of additions that does not matter needs no deterministic mode
@@ -35,22 +35,26 @@ logger = logging.getLogger("fused_po")
 SLAB = 1024
 
 
-def choose(tile: Tensor, max_dropped_mass: float, backend: str | None) -> Tensor | None:
-    """Keep as few blocks of a gradient tile (R, V) as the bound allows, in the sizes of the backend: ``kept_blocks``.
+def leaves_out(device: torch.device, backend: str | None) -> bool:
+    """Whether blocks are left out of products on a device.
 
-    Returns:
-        the blocks, or None: all of them. On a GPU they are all kept unless a backend is named. Products on tensor cores
-        take groups of 64 rows, each with places of its own where it is not negligible: of real rows such groups keep 62
-        to 100 % of the blocks, and a product of so many is slower than the whole one of the vendor's library.
+    On a GPU only where a backend is named, and a warning says so. Products on tensor cores take groups of 64 rows, each
+    with places of its own where it is not negligible: of real rows such groups keep 62 to 100 % of the blocks.
+    """
+    if device.type != "cuda" or backend is not None or os.environ.get("FUSED_PO_BACKEND"):
+        return True
+    if not torch.compiler.is_compiling():
+        _tell_that_nothing_is_dropped()
+    return False
+
+
+def choose(tile: Tensor, max_dropped_mass: float, backend: str | None) -> Tensor:
+    """Keep as few blocks of a gradient tile (R, V) as the bound allows, in the sizes of the backend: ``kept_blocks``.
 
     Raises:
         ValueError: a named backend that has no such products.
     """
-    if tile.is_cuda and backend is None and not os.environ.get("FUSED_PO_BACKEND"):
-        if not torch.compiler.is_compiling():
-            _tell_that_nothing_is_dropped()
-        return None
-    return torch.ops.fused_po.kept_blocks(tile, max_dropped_mass, backend)
+    return torch.ops.fused_po.kept_blocks.default(tile, max_dropped_mass, backend)
 
 
 def kept_blocks(tile: Tensor, max_dropped_mass: float, group: int, width: int) -> Tensor:
@@ -92,13 +96,13 @@ def kept_blocks(tile: Tensor, max_dropped_mass: float, group: int, width: int) -
 def block_mm(tile: Tensor, weight: Tensor, kept: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
     """Kept blocks of ``tile`` (R, V) times ``weight`` (V, H): (R, H) in ``dtype``."""
     out = tile.new_empty((tile.shape[0], weight.shape[1]), dtype=dtype)
-    torch.ops.fused_po.block_mm(tile, weight, kept, out, backend)
+    torch.ops.fused_po.block_mm.default(tile, weight, kept, out, backend)
     return out
 
 
 def block_mm_t(tile: Tensor, rows: Tensor, kept: Tensor, out: Tensor, backend: str | None) -> None:
     """``out`` (V, H) += (kept blocks of ``tile`` (R, V))^T times ``rows`` (R, H)."""
-    torch.ops.fused_po.block_mm_t(tile, rows, kept, out, backend)
+    torch.ops.fused_po.block_mm_t.default(tile, rows, kept, out, backend)
 
 
 @cache

@@ -24,7 +24,9 @@ def row_stats(
     x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...], backend: str | None
 ) -> Tensor:
     """Partial statistics (7, N) of raw head outputs ``x`` (N, V), see ``contract``."""
-    return torch.ops.fused_po.row_stats(x, labels.contiguous(), *_flat(transform), *span, ",".join(outputs), backend)
+    return torch.ops.fused_po.row_stats.default(
+        x, labels.contiguous(), *_flat(transform), *span, ",".join(outputs), backend
+    )
 
 
 def row_softmax(
@@ -39,8 +41,8 @@ def row_softmax(
     """Partial statistics (7, N), and the unscaled gradient tile into ``out`` (N, V), or in place where that is None."""
     arguments = (labels.contiguous(), *_flat(transform), *span, ",".join(outputs), backend)
     if out is None:
-        return torch.ops.fused_po.row_softmax_(x, *arguments)
-    return torch.ops.fused_po.row_softmax_into(x, out, *arguments)
+        return torch.ops.fused_po.row_softmax_.default(x, *arguments)
+    return torch.ops.fused_po.row_softmax_into.default(x, out, *arguments)
 
 
 def row_grad(
@@ -56,9 +58,9 @@ def row_grad(
     """``dL/dx`` into ``out`` (N, V), or in place where that is None."""
     arguments = (labels.contiguous(), *_flat(transform), *span, anchors, *coefficients, backend)
     if out is None:
-        torch.ops.fused_po.row_grad_(x, *arguments)
+        torch.ops.fused_po.row_grad_.default(x, *arguments)
     else:
-        torch.ops.fused_po.row_grad_into(x, out, *arguments)
+        torch.ops.fused_po.row_grad_into.default(x, out, *arguments)
 
 
 def row_regrad(
@@ -73,12 +75,12 @@ def row_regrad(
     """G = d logp / dx, ``tile`` (N, V), becomes ``dL/dx``: no softcap."""
     temperatures, temperature, _, logit_scale = _flat(transform)
     arguments = (labels.contiguous(), temperatures, temperature, logit_scale, *span, anchors, *coefficients, backend)
-    torch.ops.fused_po.row_regrad_(tile, *arguments)
+    torch.ops.fused_po.row_regrad_.default(tile, *arguments)
 
 
 def scale(x: Tensor, factor: Tensor) -> None:
     """``x`` times a number (), in place; a factor of 1 costs a look at it, on the device."""
-    torch.ops.fused_po.scale_(x, factor)
+    torch.ops.fused_po.scale_.default(x, factor)
 
 
 def _flat(transform: Transform) -> tuple[Tensor | None, float, float | None, float]:

@@ -166,7 +166,7 @@ def prepare(
     spread = _sequence_of_positions(labels, cu_seqlens) if isinstance(temperature, Tensor) else None
     temperatures = row_temperatures(temperature, labels, spread, wide, plan.lengths or ())
     if main_grad is not None:
-        check_main_grad(main_grad, weight, given, wanted.weight)
+        check_main_grad(main_grad, weight, given, wide, wanted.weight)
         main_grad = main_grad[: weight.shape[0]]
     call = HeadCall(
         float(temperature) if temperatures is None else 1.0,

@@ -158,15 +158,14 @@ def check_scalars(temperature: float | Tensor, softcap: float | None, logit_scal
         raise ValueError(f"logit_scale must be finite: got {logit_scale}")
 
 
-def check_main_grad(main_grad: Tensor, weight: Tensor, shape: torch.Size, wanted: bool) -> None:
-    """Where dW (of ``shape``) is to be added.
+def check_main_grad(main_grad: Tensor, weight: Tensor, shape: torch.Size, wide: torch.dtype, wanted: bool) -> None:
+    """Where dW (of ``shape``) is to be added, in the dtype that products accumulate in.
 
     Raises:
         ValueError: another shape, dtype or device, or a weight that wants no gradient.
     """
     require_tensors(main_grad=main_grad)
     same_device(weight, main_grad=main_grad)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if main_grad.shape != shape or main_grad.dtype != wide or not main_grad.is_contiguous():
         raise ValueError(
             f"main_grad must be {tuple(shape)}, the shape of weight, {wide} and contiguous: got {_shape(main_grad)} "

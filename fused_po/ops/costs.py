@@ -33,7 +33,7 @@ def route_seconds(route: Route, rows: int, *, fused: bool) -> dict[str, float]:
     wanted, elements, head = sizes.wanted, rows * sizes.vocab, sizes.vocab * sizes.hidden
     product = 2 * elements * sizes.hidden / PRICES.rate(sizes.compute)
     chunk = min(rows, route.chunk_rows(rows)) if fused and not route.eager else rows
-    several = fused and chunk < rows
+    several = fused and route.several(rows)
     kept = rows if route.eager or several or not wanted.any else route.keeps(rows, False)
     again = rows - kept if wanted.any else 0
     block, columns = route.shape(again)

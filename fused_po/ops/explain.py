@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
+from fused_po.ops.checks import require_number
 from fused_po.ops.costs import PRICES, route_seconds
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.peaks import peak
@@ -40,10 +41,16 @@ def explain(
         scratch_bytes: as in the operations; default 1 GiB on a GPU, 96 MiB on a CPU.
 
     Raises:
-        ValueError: sizes below 1, or an unknown operation.
+        ValueError: sizes below 1, an unknown operation, no dtype of floats, or no budget.
     """
     if min(rows, hidden_size, vocab_size) < 1:
         raise ValueError(f"rows, hidden_size and vocab_size must be positive: got {rows, hidden_size, vocab_size}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point torch.dtype, such as torch.bfloat16: got {dtype!r}")
+    if scratch_bytes is not None:
+        require_number("scratch_bytes", scratch_bytes, whole=True)
+        if scratch_bytes < 0:
+            raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")
     if operation not in ("linear_loss", "linear_token_stats"):
         raise ValueError(f"operation must be linear_loss or linear_token_stats: got {operation!r}")
     fused = operation == "linear_loss"
@@ -83,7 +90,7 @@ def _decisions(route: Route, rows: int, fused: bool) -> list[str]:
         if fused and rows > route.whole:
             lines.append("the products of a horizon that is larger wait in dH, in its dtype")
         return lines
-    if fused and rows > route.alone:
+    if fused and route.several(rows):
         chunk = min(rows, route.chunk_rows(rows))
         count = -(-rows // chunk)
         tiles = "" if route.in_place else f", {route.tile} rows of logits at a time"

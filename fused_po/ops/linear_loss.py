@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
+from fused_po.kernels.blocks import leaves_out
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Number, call_batch, masked_stats
@@ -99,7 +101,8 @@ def linear_loss(
         max_dropped_mass: in [0, 1), 0.0: exact. Above, GEMM 2 and 3 leave out blocks of the vocabulary where a row's
             gradient is negligible: of its L1 mass, 2 (1 - p_y) times coefficient and slope for a loss in logp, no row
             loses more than this share. Value, statistics and the gradient of the bias stay exact. Pays where rows are
-            peaked: 1e-3 leaves most blocks out there, and none of a flat row.
+            peaked: 1e-3 leaves most blocks out there, and none of a flat row. On a GPU nothing is left out unless a
+            backend is named, and a warning says so.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
             CPU. Beside it a call may spend the room of one dW in float32, where the weight is trained and narrower
@@ -117,8 +120,8 @@ def linear_loss(
         gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it, a
             backward that needs the head enters it again.
         side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
-            or per token in the shape of labels; ``advantage``, ``importance_weight``, ``row_weight`` (B,) or per
-            token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
+            or per token in the shape of labels, which policy losses want; ``advantage``, ``importance_weight``,
+            ``row_weight`` (B,) or per token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
 
     Returns:
         LossOutput.
@@ -126,6 +129,7 @@ def linear_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels, numbers or side inputs that do not fit the call or the loss.
     """
+    _refuse_older_traces()
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
@@ -154,7 +158,8 @@ def linear_loss(
         raise ValueError(f"max_dropped_mass must lie in [0, 1), a share of each row's gradient: got {max_dropped_mass}")
     if max_dropped_mass and split_gradients:
         raise ValueError("max_dropped_mass does not go with split_gradients: its parts would not sum to the whole")
-    call, layout = replace(ready.call, max_dropped_mass=float(max_dropped_mass)), ready.layout
+    dropped = float(max_dropped_mass) if max_dropped_mass and leaves_out(hidden.device, backend) else 0.0
+    call, layout = replace(ready.call, max_dropped_mass=dropped), ready.layout
     call = call if gather is None else replace(call, gather=gather)
     if call.wanted.any:
         _warn_inside_checkpoint()
@@ -236,6 +241,15 @@ class _LinearLoss(torch.autograd.Function):
                 found = gradients.in_dtypes(ctx.dtypes)
         d_hidden = None if found[0] is None else found[0].view(ctx.shape)
         return (d_hidden, *found[1:], *[None] * 9)
+
+
+def _refuse_older_traces() -> None:
+    """torch 2.11 hands the backward of a traced call a gradient of 0; of 2.12 it is not known."""
+    if torch.compiler.is_compiling() and TorchVersion(torch.__version__) < "2.13":
+        raise RuntimeError(
+            "linear_loss under torch.compile needs torch 2.13 or later, earlier ones make its gradient 0: leave it out "
+            "of what is compiled (torch.compiler.disable), or take linear_token_stats"
+        )
 
 
 def _only_once(ctx: Any) -> None:

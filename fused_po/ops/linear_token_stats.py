@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare, whole
@@ -51,7 +50,8 @@ def linear_token_stats(
     """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
     logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias, as often as the graph is kept. A
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias: once, as often as
+    the graph is kept; there are no second derivatives. A
     trainable head costs 3 GEMMs, and one more for the rows whose gradient tile did not fit into memory from forward to
     backward; a frozen one 2. Gradients through ``entropy`` or ``lse`` are made from the same tiles, in half precision,
     without a softcap, of a trained head and in the last backward; else the logits are made again.
@@ -142,33 +142,41 @@ class _LinearTokenStats(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, temperatures, kept, home, anchors, copy = ctx.saved_tensors
-        call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
-        given = dict(zip(ctx.asked, grad_outputs, strict=True))
-        triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
-        plain = triple.entropy is None and triple.lse is None
-        with without_autocast(hidden), call.gather(weight, bias):
-            head = call.head(weight, bias)
-            # what was kept is what forward wanted
-            route = Route.of(ctx.call.sizes(head), labels.shape[0], fused=False, unscaled=False)
-            head = head.copied(copy)
-            sweep = _sweep(call, route if plain else route.recomputing(), head, hidden, labels, temperatures, home)
-            # other gradients overwrite what is kept: another backward would miss it
-            sweep.kept_rows = kept.shape[0] if plain or not _runs_again() else 0
-            sweep.kept, sweep.anchors = kept, anchors
-            covered, once = call.plan.rows is None, sweep.writes_once
-            gradients = Gradients(
-                call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered, into=call.main_grad
+        # autograd's own refusal looks at grad_outputs alone, and a sum's have no history
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_token_stats has no second derivatives (create_graph=True): take log-probs from full logits"
             )
-            if any(c is not None for c in triple):
-                sweep.backward(triple, gradients)
-            like = (hidden, weight, bias)
-            d_hidden, *others = gradients.in_dtypes(tuple(None if t is None else t.dtype for t in like))
-        # dH is flat; a sharded weight has lost its shape again by now
-        d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
-        return (d_hidden, *others, *[None] * 4)
+        return _backward(ctx, *grad_outputs)
+
+
+def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, temperatures, kept, home, anchors, copy = ctx.saved_tensors
+    call: HeadCall = ctx.call.wanting(Wanted(*ctx.needs_input_grad[:3]))
+    given = dict(zip(ctx.asked, grad_outputs, strict=True))
+    triple = Coefficients(*(given.get(name) for name in DIFFERENTIABLE))
+    plain = triple.entropy is None and triple.lse is None
+    with torch.no_grad(), without_autocast(hidden), call.gather(weight, bias):
+        head = call.head(weight, bias)
+        # what was kept is what forward wanted
+        route = Route.of(ctx.call.sizes(head), labels.shape[0], fused=False, unscaled=False)
+        head = head.copied(copy)
+        sweep = _sweep(call, route if plain else route.recomputing(), head, hidden, labels, temperatures, home)
+        # other gradients overwrite what is kept: another backward would miss it
+        sweep.kept_rows = kept.shape[0] if plain or not _runs_again() else 0
+        sweep.kept, sweep.anchors = kept, anchors
+        covered, once = call.plan.rows is None, sweep.writes_once
+        gradients = Gradients(
+            call.wanted, hidden, head, weight.dtype, accumulate=not once, covered=covered, into=call.main_grad
+        )
+        if any(c is not None for c in triple):
+            sweep.backward(triple, gradients)
+        like = (hidden, weight, bias)
+        d_hidden, *others = gradients.in_dtypes(tuple(None if t is None else t.dtype for t in like))
+    # dH is flat; a sharded weight has lost its shape again by now
+    d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
+    return (d_hidden, *others, *[None] * 4)
 
 
 def _runs_again() -> bool:

@@ -61,7 +61,7 @@ def _kept(route: Route, tokens: int, fused: bool) -> list[Peak]:
     operand = hidden * narrow * (3 if narrow < wide else 1) if sizes.wanted.head else 0
     d_hidden, d_weight = _hidden(route, tokens, narrow), sizes.returned
     wide_hidden = _hidden(route, tokens, storage_dtype(sizes.compute).itemsize) if fused else d_hidden
-    several = fused and tokens > route.alone
+    several = fused and route.several(tokens)
     chunk = min(tokens, route.chunk_rows(tokens)) if fused else tokens
     kept = route.keeps(chunk, several)
     area = tile_bytes(sizes, *route.shape(chunk - kept)) if chunk > kept else 0

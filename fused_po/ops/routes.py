@@ -72,6 +72,10 @@ class Route:
     wide: bool = False
     drops: bool = False
 
+    def several(self, rows: int) -> bool:
+        """A call of ``linear_loss`` of so many rows goes in more than one chunk, where its horizons allow it."""
+        return not self.eager and self.chunk_rows(rows) < rows
+
     def keeps(self, count: int, several: bool) -> int:
         """How many of so many rows keep their tile; ``several``: they are a chunk of several."""
         if count <= (self.whole if several else self.alone):
@@ -99,7 +103,9 @@ class Route:
         """The same for gradients: where blocks are left out, of whole rows, whose share of a slice says nothing."""
         if not self.drops:
             return self.shape(rows)
-        return grained(fit(self.area, tile_bytes(self.sizes, 1, self.sizes.vocab))), self.sizes.vocab
+        # an accumulator of dW is there anyway
+        each = tile_bytes(self.sizes, 1, self.sizes.vocab) - tile_bytes(self.sizes, 0, self.sizes.vocab)
+        return grained(fit(self.area, each)), self.sizes.vocab
 
     def chunk_rows(self, count: int) -> int:
         """Rows of a chunk of a call of so many: all, or equal chunks."""
@@ -165,8 +171,9 @@ class Route:
             alone,
             whole,
             ENDLESS if wanted.weight and again else whole,
-            once,
-            kept,
+            # what does not fit at once does not fit beside others
+            min(once, alone),
+            min(kept, once, alone),
             # into memory that is there already nothing is added before backward
             waiting=0 if not waits else alone if sizes.adds else min(alone, max(returned, 1) // row),
             in_place=in_place,

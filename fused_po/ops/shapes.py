@@ -16,7 +16,9 @@ def tile_square(sizes: Sizes, area: int) -> tuple[int, int]:
     """Rows and columns of a tile of so many bytes, as near to a square as the vocabulary allows."""
     element, row, column = _bytes(sizes)
     side = (math.sqrt((row + column) ** 2 + 4 * element * area) - row - column) / (2 * element)
-    columns = min(sizes.vocab, grained(max(GRAIN, int(side))))
+    # a grain of columns at least, where what goes with them leaves room for rows
+    least = GRAIN if GRAIN * column <= area // 2 else 1
+    columns = min(sizes.vocab, grained(max(least, int(side))))
     return grained(fit(area - columns * column, columns * element + row)), columns
 
 

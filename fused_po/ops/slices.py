@@ -99,7 +99,8 @@ def place(product: Tensor, rows: Rows, factor: Tensor | None, gradients: Gradien
     elif window is not None:
         torch.mul(product, factor.unsqueeze(1), out=window)
     else:
-        rows.scatter(target, torch.mul(product, factor.unsqueeze(1), out=product if overwrite else None))
+        scaled = product.mul_(factor.unsqueeze(1)) if overwrite else product * factor.unsqueeze(1)
+        rows.scatter(target, scaled)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def token_stats(
     temperatures = row_temperatures(temperature, labels, None, accumulation_dtype(logits.dtype))
     number = float(temperature) if temperatures is None else 1.0
     asked = tuple(name for name in STATISTICS if name in outputs)
-    *values, _ = torch.ops.fused_po.token_stats(
+    *values, _ = torch.ops.fused_po.token_stats.default(
         logits, labels, temperatures, number, softcap, logit_scale, ",".join(asked), inplace, backend
     )
     return Stats(**{n: v != 0 if n == "is_top1" else v for n, v in zip(asked, values, strict=True)})
@@ -161,7 +161,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
         transform = Transform(temperature, temperatures, softcap, logit_scale)
         _write_grad(logits, labels, transform, anchors, triple, None, ctx.backend)
         return logits, *nothing
-    grad = torch.ops.fused_po.token_stats_backward(
+    grad = torch.ops.fused_po.token_stats_backward.default(
         logits, labels, temperatures, temperature, softcap, logit_scale, anchors, *triple, ctx.backend
     )
     return grad, *nothing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,14 +102,16 @@ def test_deterministic_mode_refuses_nothing():
 
 
 def test_on_a_gpu_nothing_is_dropped_unless_a_backend_is_named(monkeypatch, caplog):
-    tile = SimpleNamespace(is_cuda=True)
     monkeypatch.delenv("FUSED_PO_BACKEND", raising=False)
     blocks._tell_that_nothing_is_dropped.cache_clear()
-    assert blocks.choose(tile, TAU, None) is None
-    assert blocks.choose(tile, TAU, None) is None
+    gpu = torch.device("cuda")
+    assert not blocks.leaves_out(gpu, None)
+    assert not blocks.leaves_out(gpu, None)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "max_dropped_mass is left unused on a GPU" in caplog.text
-    assert blocks.choose(peaked(3, 600), TAU, "reference").shape == (3, 3)
+    assert blocks.leaves_out(gpu, "triton") and blocks.leaves_out(torch.device("cpu"), None)
+    monkeypatch.setenv("FUSED_PO_BACKEND", "triton")
+    assert blocks.leaves_out(gpu, None)
 
 
 def test_no_row_and_one_column():

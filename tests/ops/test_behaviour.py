@@ -214,6 +214,13 @@ def test_statistics_can_be_differentiated_twice_over():
             assert torch.equal(a, b)
 
 
+def test_second_derivatives_are_refused():
+    problem = Problem(create("sft"))
+    stats = linear_token_stats(*problem.arguments(), **problem.options())
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(stats.logp.sum(), problem.leaves, create_graph=True)
+
+
 def test_checkpointing_warns_and_offloading_works():
     problem = Problem(create("sigmoid"))
     want = torch.autograd.grad(run(problem).loss, problem.leaves)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from fused_po import losses
 from fused_po.kernels import blocks
 from fused_po.ops import linear_loss
+from fused_po.ops.gradients import Wanted
+from fused_po.ops.routes import Route
+from fused_po.ops.sizes import Sizes
 from tests.ops.problems import CountGemms, relative_error
 
 N, V = 48, 2048
@@ -152,3 +157,20 @@ def test_it_does_not_go_with_split_gradients():
             split_gradients=True,
             **CALLS["sigmoid"][1],
         )
+
+
+@pytest.mark.parametrize("scratch", [0, 1 << 26])
+def test_where_no_block_is_left_out_nothing_changes(monkeypatch, scratch):
+    """As on a GPU without a named backend."""
+    loss, inputs = CALLS["sigmoid"]
+    _, *exact = gradients(True, 0.0, loss, False, scratch, **inputs)
+    monkeypatch.setattr(import_module("fused_po.ops.linear_loss"), "leaves_out", lambda *_: False)
+    _, *found = gradients(True, TAU, loss, False, scratch, **inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def test_rows_that_are_made_again_go_many_at_a_time():
+    """A row's whole vocabulary at once, and as many rows as the budget holds."""
+    sizes = Sizes(64, 2000, torch.float32, torch.float32, Wanted(True, True, False), 1 << 20, True, True)
+    block, columns = Route.of(sizes, 600, fused=True, unscaled=True).again(600)
+    assert columns == 2000 and block >= 10

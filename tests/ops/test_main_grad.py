@@ -58,6 +58,13 @@ def test_refusals(change, frozen):
         linear_token_stats(*problem.arguments(), main_grad=main)
 
 
+def test_it_is_as_wide_as_what_products_accumulate_in():
+    hidden, weight = torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(11, 8, requires_grad=True)
+    labels = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="main_grad must be .*float64"):
+        linear_token_stats(hidden, weight, labels, main_grad=torch.zeros(11, 8))
+
+
 def test_calls_that_are_pending_together():
     """Two forwards before one backward: their tiles wait twice, and gradients add up."""
     torch.manual_seed(0)
