@@ -118,8 +118,8 @@ def show(found: dict[str, Any]) -> None:
     used = found["peers_recorded_with"]
     versions = ", ".join(f"{name} {number}" for name, number in used.items() if name != "command")
     console.print(
-        "at most: this project's own limit, set for an h200. hidden: accumulators pass while products compute. scratch: "
-        "most alive beyond inputs and returned gradients."
+        "at most: this project's own limit, set for an h200. hidden: accumulators pass while products compute. "
+        "scratch: most alive beyond inputs and returned gradients."
     )
     if any(other and other["recorded"] for row in found["cases"].values() for other in row["peers"].values()):
         console.print(f"*: counted before, with {versions}, by {used['command']}")
