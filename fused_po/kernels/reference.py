@@ -105,8 +105,10 @@ def row_regrad(
 
 def scale(x: Tensor, factor: Tensor) -> None:
     """``x`` times a number (), in place."""
-    # looking would wait for a GPU
-    if x.device.type != "cpu" or bool(factor != 1):
+    if x.device.type != "cpu":
+        # a number without dimensions would be rounded to the dtype of x; looking at it would wait for a GPU
+        torch.mul(x, factor.reshape([1] * x.ndim), out=x)
+    elif bool(factor != 1):
         x.mul_(factor)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -71,7 +70,8 @@ class Layout:
         count, segments = plan.count, plan.segments
         rows = Rows(((0, count),), plan.rows)
         row_labels = rows.gather(labels.reshape(-1))
-        offsets = _offsets(plan, labels.device)
+        # lengths of a plan would tie a trace to them
+        offsets = None if torch.compiler.is_compiling() else plan.offsets
         if offsets is None:
             sequence_of = torch.repeat_interleave(segments, output_size=count)
         else:
@@ -261,13 +261,6 @@ def _side_input(name: str, value: Number, layout: Layout) -> tuple[Tensor, bool]
         require_said(name, count, layout.lengths)
         found = [name in SUMMED]
     return value.detach(), found[0]
-
-
-def _offsets(plan: Plan, device: torch.device) -> Tensor | None:
-    """(B + 1,) int64, from the lengths on the host; None where these are not known, or would tie a trace to them."""
-    if plan.lengths is None or torch.compiler.is_compiling():
-        return None
-    return torch.tensor([0, *accumulate(plan.lengths)], device="cpu").to(device, non_blocking=True)
 
 
 def _counted(layout: Layout) -> tuple[Tensor, Number, Number]:

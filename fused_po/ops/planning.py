@@ -33,6 +33,8 @@ class Plan:
         lengths: the same on the host; None: alike, as the shape of the labels says.
         positions: number of positions of the labels.
         masked: True if some rows carry no loss and are to be masked (a plan from shapes alone).
+        offsets: (B + 1,) int64, the first row of each sequence and N, on the device of the labels; None where lengths
+            are not known.
     """
 
     rows: Tensor | None  # (N,)
@@ -40,6 +42,7 @@ class Plan:
     lengths: tuple[int, ...] | None
     positions: int
     masked: bool = False
+    offsets: Tensor | None = None
 
     def explain(self, hidden_size: int, vocab_size: int, **options: Any) -> str:
         """How a call on this plan goes through a head of (V, H), and what that costs on paper, in words.
@@ -161,7 +164,10 @@ def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch
         lengths = counts[bounds[1:]] - counts[bounds[:-1]]
     loss = loss.reshape(-1)
     rows = None if bool(loss.all()) else loss.nonzero().squeeze(1).to(device, non_blocking=True)
-    return Plan(rows, lengths.to(device, non_blocking=True), tuple(lengths.tolist()), labels.numel())
+    on_host = tuple(lengths.tolist())
+    # here, since a graph that is captured can't copy from the host
+    offsets = torch.tensor([0, *accumulate(on_host)], device="cpu").to(device, non_blocking=True)
+    return Plan(rows, lengths.to(device, non_blocking=True), on_host, labels.numel(), offsets=offsets)
 
 
 def static_plan(labels: Tensor, packed: bool) -> Plan:

@@ -81,9 +81,18 @@ def test_bad_cu_seqlens(bounds):
 
 def test_static_plan_reads_no_label():
     plan = static_plan(torch.empty(3, 4, dtype=torch.int64, device="meta"), packed=False)
-    assert plan.rows is None and plan.masked and plan.lengths == (4, 4, 4)
+    assert plan.rows is None and plan.masked and plan.lengths is None and (plan.batch, plan.count) == (3, 12)
     with pytest.raises(ValueError, match="pass plan="):
         static_plan(torch.zeros(6), packed=True)
+
+
+@pytest.mark.parametrize("horizon", ["token", "sequence", "pair", "batch"])
+@pytest.mark.parametrize("capacity", [1, 7, 8, 17, 100])
+def test_a_static_plan_is_cut_as_one_whose_lengths_are_known(horizon, capacity):
+    labels = torch.zeros(6, 4, dtype=torch.int64)
+    known, static = make_plan(labels), static_plan(labels, packed=False)
+    found = [(chunk.rows.ranges, chunk.sequences) for chunk in cut(static, horizon, capacity)]
+    assert found == [(chunk.rows.ranges, chunk.sequences) for chunk in cut(known, horizon, capacity)]
 
 
 @given(st.data())
