@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{steps.describe()}, {memory / 2**30:.1f} GiB of memory")
     for route, length in largest.items():
         print(f"  largest length predicted to fit, {_TITLES[route]}: {length} tokens")
+    print(steps.explain(lengths[-1]))
     rows = [row for route in _TITLES for row in measure(steps, route, lengths, memory, arguments.seconds)]
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.snapshot is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_po import linear_loss, losses
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
+from fused_po.ops.explain import explain
 from fused_po.trainers.loading import load_model
 from fused_po.trainers.model import hidden_and_head
 
@@ -90,6 +91,18 @@ class Steps(ABC):
             route="linear_loss" if route == "fused" else route,
             trainable=not self.frozen,
             dtype=self.dtype,
+            device=self.device,
+            scratch_bytes=self.scratch_bytes,
+        )
+
+    def explain(self, length: int) -> str:
+        """How the fused head goes through so many tokens, in words."""
+        return explain(
+            length,
+            self.hidden,
+            self.vocab,
+            dtype=self.dtype,
+            trainable=not self.frozen,
             device=self.device,
             scratch_bytes=self.scratch_bytes,
         )

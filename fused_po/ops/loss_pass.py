@@ -70,6 +70,10 @@ class LossPass:
         wide = self.head.accumulation_dtype
         if self.call.wanted.any and not self.names:
             self.silent = host_mask(silent_rows(self.loss, batch, self.split), self.call.may_wait)
+        if self.several and self.call.wanted.any and not self.route.eager:
+            # once, for the largest of them
+            most = max(self.route.keeps(chunk.rows.count, True) for chunk in chunks)
+            self.workspace.get("kept", most, self.head.columns, self.head.compute_dtype)
         value = self.hidden.new_zeros((), dtype=torch.float64)
         factor = self.hidden.new_ones((), dtype=wide)
         parts: list[tuple[Rows, Stats]] = []
