@@ -69,7 +69,8 @@ def test_memory_is_bounded_and_full_logits_grow():
         # a gradient that is not made yet leaves its room free
         spent.append(found.above_inputs - found.tokens - 2 * hidden * (tokens + vocab))
     assert max(spent) <= bound
-    assert spent[-1] <= spent[-2] * 1.05
+    # equal chunks: of 5,504 rows and of 6,016
+    assert spent[-1] <= spent[-2] * 6016 / 5504
     # 12 bytes a logit
     assert predict(vocab, route="full_logits").logits == 12 * vocab * vocab
 

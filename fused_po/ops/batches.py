@@ -132,6 +132,9 @@ def call_batch(
     def filled(number: Number) -> Tensor:
         if isinstance(number, Tensor):
             return number
+        if torch.compiler.is_compiling():
+            # a key would tie the trace to its value
+            return _number(number, device)
         if number not in known:
             known[number] = _number(number, device)
         return known[number]
