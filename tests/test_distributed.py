@@ -12,7 +12,9 @@ from torch import distributed as dist
 
 from fused_po import splits
 from fused_po.distributed import Shard
+from fused_po.kernels.contract import Span
 from fused_po.ops import linear_loss, linear_token_stats
+from fused_po.ops.workspace import Workspace
 from fused_po.stats import STATISTICS
 from tests.losses.cases import create
 from tests.ops.problems import Problem, V, relative_error
@@ -180,3 +182,17 @@ def test_what_is_no_group_is_refused():
         linear_token_stats(
             torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.int64), process_group="world"
         )
+
+
+def sums_on_rank(rank: int) -> None:
+    # rows of 13 float64 numbers lie 16 apart
+    product = Workspace(torch.zeros(1)).get("product", 5, 13, torch.float64)
+    assert not product.is_contiguous()
+    product.copy_(torch.arange(65).view(5, 13) * (rank + 1))
+    found = Shard(dist.group.WORLD, Span(0, 13), 39).summed(product)
+    assert found is product
+    assert torch.equal(found, 6.0 * torch.arange(65, dtype=torch.float64).view(5, 13))
+
+
+def test_sums_over_ranks_of_rows_that_lie_apart(tmp_path):
+    on_ranks(sums_on_rank, tmp_path)
