@@ -1,12 +1,13 @@
-"""Logits that are not there yet: what a head returns while a trainer works out log-probs.
+"""Logits that are not there yet: what a model's output layer returns while somebody works out log-probs.
 
-Many trainers take log-probs from a model's logits. ``DeferredLogits`` stands for those: it remembers hidden states
-and head, follows slices, scales and soft caps, and answers log-probs, entropies and means from
-``linear_token_stats``. Whatever else is asked of it makes the logits, so that nothing can come out wrong.
+``DeferredLogits`` stands for the logits: it remembers hidden states and head, follows slices, casts, scales and soft
+caps, and answers log-probs, entropies and means from ``linear_token_stats``. Whatever else is asked of it makes the
+logits, once and with a warning that names the operation, so that nothing can come out wrong.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,71 +17,83 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_po.ops import linear_token_stats
+from fused_po.ops import linear_token_stats, token_stats
 from fused_po.ops.checks import IGNORE
+from fused_po.trainers.head import Head
+from fused_po.trainers.sharded import whole
+from fused_po.trainers.unmade import Unmade, followed, made
 
-__all__ = ["DeferredLogits", "Head", "made"]
+__all__ = ["Call", "DeferredLogits", "made"]
 
 OUTPUTS = ("logp", "entropy", "mean_logit")
 # elements of logits at a time where they are looked at row by row
 ROW_ELEMENTS = 1 << 22
+# what a tensor on the meta device can tell of the shape
+SHAPED = {"size", "dim", "ndim", "ndimension", "numel", "nelement", "element_size", "itemsize", "nbytes", "layout"} | {
+    *("stride", "is_contiguous", "is_floating_point", "is_complex", "is_sparse", "is_nested", "is_quantized"),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """What logits are made from beside hidden states.
+class Call:
+    """One call of an output layer.
 
     Attributes:
-        weight, bias: (V, H), (V,) or None.
+        layer: the output layer.
         options: of ``linear_token_stats``.
         count: called once for each call of it.
         autocast: the dtype of the autocast in which the model ran, over by the time that logits are asked for; None:
             there was none.
+        unknown: names of the operations that could not be followed.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    options: Mapping[str, Any]
-    count: Callable[[], None]
+    layer: nn.Module
+    options: Mapping[str, Any] = field(default_factory=dict)
+    count: Callable[[], None] = lambda: None
     autocast: torch.dtype | None = None
+    unknown: list[str] = field(default_factory=list)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        kind = self.weight.device.type
-        return nullcontext() if self.autocast is None else torch.autocast(kind, dtype=self.autocast)
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
 
-    def detach(self) -> Head:
-        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+    def warn(self, name: str, shape: torch.Size) -> None:
+        if name not in self.unknown:
+            self.unknown.append(name)
+            size = " x ".join(map(str, shape))
+            warnings.warn(f"{name} of a model's logits is not followed: all {size} of them are made", stacklevel=4)
 
 
 @dataclass(eq=False)
-class DeferredLogits:
-    """``z = scale x``, or ``cap tanh(scale x)``, of raw head outputs x = h W^T + b.
+class DeferredLogits(Unmade):
+    """Logits of hidden states under a head.
 
     Attributes:
         hidden: (..., H).
-        head: the rest.
-        scale, cap: numbers; None: no soft cap.
+        head: what they are made with, what was done to them included.
+        call: where they come from.
         dtype: of the logits, once they are made.
         known: statistics of each row that have been worked out, (...).
+        real: the logits, once they had to be made.
+        source: the logits that these are a view of, and how to take it.
     """
 
+    FUNCTIONS = frozenset(
+        "tanh argmax mean flatten chunk split log_softmax cross_entropy reshape unsqueeze mul div detach clone".split()
+    )
     hidden: Tensor
     head: Head
-    scale: float = 1.0
-    cap: float | None = None
-    dtype: torch.dtype | None = None
+    call: Call
+    dtype: torch.dtype
     known: dict[str, Tensor] = field(default_factory=dict)
+    real: Tensor | None = None
+    source: tuple[DeferredLogits, Callable[[Any], Any]] | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.head.weight.shape[0]))
-
-    @property
-    def ndim(self) -> int:
-        return self.hidden.ndim
+        return torch.Size((*self.hidden.shape[:-1], self.head.classes))
 
     @property
     def device(self) -> torch.device:
@@ -90,125 +103,151 @@ class DeferredLogits:
     def requires_grad(self) -> bool:
         return self.hidden.requires_grad or self.head.weight.requires_grad
 
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self.ndim
+    @property
+    def now(self) -> Tensor | None:
+        """The logits, where they or those that they are a view of had to be made."""
+        if self.real is None and self.source is not None and self.source[0].now is not None:
+            self.real = self.source[1](self.source[0].now)
+        return self.real
 
     def __len__(self) -> int:
         return self.shape[0]
 
     # what logits are made of, followed
 
+    @followed
     def __getitem__(self, index: Any) -> Any:
         items = index if isinstance(index, tuple) else (index,)
-        taken = sum(_dimensions(item) for item in items)
+        taken, dims = sum(_dimensions(item) for item in items), self.hidden.ndim
         if any(item is Ellipsis for item in items):
             place = next(i for i, item in enumerate(items) if item is Ellipsis)
-            items = (*items[:place], *[slice(None)] * (self.ndim - taken), *items[place + 1 :])
-            taken = self.ndim
-        if taken == self.ndim:
-            if not (isinstance(items[-1], slice) and items[-1] == slice(None)):
-                return self.made()[index]
+            items = (*items[:place], *[slice(None)] * (dims - taken), *items[place + 1 :])
+            taken = dims
+        head = self.head
+        if taken == dims:
+            classes = items[-1].indices(head.classes) if isinstance(items[-1], slice) else (1, 0, 1)
+            if classes[0] != 0 or classes[2] != 1:
+                return NotImplemented
+            if classes[1] != head.classes:
+                head = replace(head, vocab_size=classes[1])
             items = items[:-1]
-        return self._rows(lambda tensor: tensor[items])
+        rows = self._rows(lambda tensor: tensor[items], lambda logits: logits[index])
+        return rows if head is self.head else replace(rows, head=head, known={})
 
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-        return self._parts("chunk", chunks, dim)
+    @followed
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        return self._parts(methodcaller("chunk", chunks, dim), dim)
 
-    def split(self, split_size: Any, dim: int = 0) -> tuple[Any, ...]:
-        return self._parts("split", split_size, dim)
+    @followed
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        return self._parts(methodcaller("split", split_size, dim), dim)
 
-    def _parts(self, method: str, size: Any, dim: int) -> tuple[Any, ...]:
-        cut: Any = methodcaller(method, size, dim % self.ndim)
-        if dim % self.ndim == self.ndim - 1:
-            return tuple(cut(self.made()))
-        known = {name: cut(value) for name, value in self.known.items()}
+    def _parts(self, cut: Callable[[Any], Any], dim: int) -> Any:
+        if dim % self.hidden.ndim == self.hidden.ndim - 1:
+            return NotImplemented
         return tuple(
-            replace(self, hidden=part, known={name: parts[i] for name, parts in known.items()})
-            for i, part in enumerate(cut(self.hidden))
+            self._rows(lambda tensor, i=i: cut(tensor)[i]) for i in range(len(cut(self.hidden)))  # type: ignore[misc]
         )
 
+    @followed
     def reshape(self, *shape: Any) -> Any:
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
         if not wanted or wanted[-1] != self.shape[-1]:
-            return self.made().reshape(*shape)
-        return self._rows(lambda tensor: tensor.reshape((*wanted[:-1], *tensor.shape[self.ndim - 1 :])))
+            return NotImplemented
+        lead = self.hidden.ndim - 1
+        return self._rows(lambda tensor: tensor.reshape((*wanted[:-1], *tensor.shape[lead:])))
 
     view = reshape
 
+    @followed
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
-        if end_dim % self.ndim == self.ndim - 1:
-            return self.made().flatten(start_dim, end_dim)
-        return self._rows(lambda tensor: tensor.flatten(start_dim, end_dim % self.ndim))
+        end = end_dim % self.hidden.ndim
+        return NotImplemented if end == self.hidden.ndim - 1 else self._rows(lambda t: t.flatten(start_dim, end))
 
-    def contiguous(self) -> DeferredLogits:
+    @followed
+    def unsqueeze(self, dim: int) -> Any:
+        place = dim % (self.hidden.ndim + 1)
+        return NotImplemented if place == self.hidden.ndim else self._rows(lambda tensor: tensor.unsqueeze(place))
+
+    @followed
+    def contiguous(self) -> Any:
         return self
 
-    def detach(self) -> DeferredLogits:
-        return replace(self._rows(Tensor.detach), head=self.head.detach())
+    @followed
+    def clone(self) -> Any:
+        return replace(self, source=None)
 
-    def float(self) -> DeferredLogits:
-        return replace(self, dtype=torch.float32)
+    @followed
+    def detach(self) -> Any:
+        bias = None if self.head.bias is None else self.head.bias.detach()
+        return replace(self._rows(Tensor.detach), head=replace(self.head, weight=self.head.weight.detach(), bias=bias))
 
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    @followed
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs:
-            return replace(self, dtype=args[0])
-        if len(args) == 1 and not kwargs and torch.device(args[0]) == self.device:
-            return self
-        return self.made().to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and torch.empty(0, device=device).device != self.device:
+            return NotImplemented
+        return self if dtype in (None, self.dtype) else replace(self, dtype=dtype, source=None)
 
+    @followed
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, Real):
-            return self.made() * factor
-        if self.cap is None:
-            return replace(self, scale=self.scale * float(factor), known={})
-        return replace(self, cap=self.cap * float(factor), known={})
+            return NotImplemented
+        scale, cap = self.head.logit_scale * float(factor), self.head.softcap
+        cap = None if cap is None else cap * float(factor)
+        return replace(self, head=replace(self.head, logit_scale=scale, softcap=cap), known={}, source=None)
 
-    __rmul__ = __mul__
+    __rmul__ = mul = __mul__
 
+    @followed
     def __truediv__(self, divisor: Any) -> Any:
-        return self * (1.0 / float(divisor)) if isinstance(divisor, Real) else self.made() / divisor
+        return self * (1.0 / float(divisor)) if isinstance(divisor, Real) else NotImplemented
 
-    def mul_(self, factor: Any) -> DeferredLogits:
-        """In place, by a number."""
-        changed = self * factor
-        if not isinstance(changed, DeferredLogits):
-            raise TypeError(f"deferred logits can be scaled in place by a number: got {type(factor).__name__}")
-        self.scale, self.cap, self.known = changed.scale, changed.cap, {}
+    div = __truediv__
+
+    @followed
+    def mul_(self, factor: Any) -> Any:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        self.head, self.known, self.source = (self * factor).head, {}, None
         return self
 
-    def div_(self, divisor: Any) -> DeferredLogits:
-        """In place, by a number."""
-        return self.mul_(1.0 / divisor)
+    @followed
+    def div_(self, divisor: Any) -> Any:
+        return self.mul_(1.0 / float(divisor)) if isinstance(divisor, Real) else NotImplemented
 
+    __imul__, __itruediv__ = mul_, div_
+
+    @followed
     def tanh(self) -> Any:
-        return replace(self, cap=1.0, known={}) if self.cap is None else self.made().tanh()
+        if self.head.softcap is not None:
+            return NotImplemented
+        return replace(self, head=replace(self.head, softcap=1.0), known={}, source=None)
 
     # what they are asked for
 
     def statistics(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Log-prob of the labels, entropy and mean logit of each row, in the shape of labels, differentiable."""
-        self.head.count()
-        lead = self.hidden.reshape(-1, self.hidden.shape[-1])
-        shape: dict[str, Any] = {"logit_scale": self.scale}
-        if self.cap is not None:
-            shape = {"softcap": self.cap, "logit_scale": self.scale * self.cap}
-        with self.head.precision():
-            found = linear_token_stats(
-                lead,
-                self.head.weight,
-                labels.reshape(-1).contiguous(),
-                bias=self.head.bias,
-                outputs=OUTPUTS,
-                **shape,
-                **self.head.options,
-            )
+        self.call.count()
+        targets, options = labels.reshape(-1).contiguous(), {"outputs": OUTPUTS, **self.call.options}
+        if self.now is not None:
+            backend = {name: value for name, value in options.items() if name in ("outputs", "backend")}
+            found = token_stats(self.now.reshape(-1, self.now.shape[-1]), targets, **backend)
+        else:
+            head, rows = self.whole(), self.hidden.reshape(-1, self.hidden.shape[-1])
+            with self.call.precision(self.device):
+                found = linear_token_stats(rows, head.weight, targets, **head.options, **options)
         # a copy: trainers write into log-probs
         stats = {name: value.reshape(labels.shape).clone() for name, value in found.present().items()}
         self.known.update(stats)
         return stats
+
+    def whole(self) -> Head:
+        """The head, gathered from the ranks where it is sharded again since the model ran."""
+        return whole(self.head, self.call.layer)
 
     def logp(self, labels: Tensor) -> Tensor:
         return self.statistics(labels)["logp"]
@@ -219,133 +258,116 @@ class DeferredLogits:
             self.statistics(torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device))
         return self.known["entropy"]
 
+    @followed
     def mean(self, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Over the classes, or over everything; logged by trainers, so that a gradient through it is refused."""
-        if args or kwargs or dim not in (None, -1, self.ndim - 1):
-            return self.made().mean(dim, *args, **kwargs)
+        if args or kwargs or dim not in (None, -1, self.hidden.ndim - 1):
+            return NotImplemented
         found = self._row_means()
         return found.mean() if dim is None else found
 
+    @followed
     def nansum(self, *args: Any, **kwargs: Any) -> Any:
         """Over everything; logged by trainers, so that a gradient through it is refused."""
         found = self._row_means().sum() * self.shape[-1]
-        if args or kwargs or not found.isfinite():
-            return self.made().nansum(*args, **kwargs)
-        return found
+        return NotImplemented if args or kwargs or not found.isfinite() else found
 
     def _row_means(self) -> Tensor:
         """The mean logit of each row, (...), in float32 or float64."""
-        weight, dtype = self.head.weight.detach(), torch.promote_types(self.hidden.dtype, torch.float32)
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         if "mean_logit" in self.known:
             found = self.known["mean_logit"].detach()
-        elif self.cap is not None:
+        elif self.head.softcap is not None:
             found = self._by_rows(lambda logits: logits.to(dtype).mean(-1))
         else:
             # the mean of h W^T is h times the mean of W: no GEMM
-            mean = self.scale * weight.mean(0, dtype=dtype)
-            rows = self.hidden.detach().reshape(-1, weight.shape[1])
-            found = torch.cat([part.to(dtype) @ mean for part in rows.split(max(1, ROW_ELEMENTS // weight.shape[1]))])
+            head, classes = self.whole(), self.head.classes
+            mean = head.logit_scale * head.weight.detach()[:classes].mean(0, dtype=dtype)
+            rows = self.hidden.detach().reshape(-1, len(mean))
+            found = torch.cat([part.to(dtype) @ mean for part in rows.split(max(1, ROW_ELEMENTS // len(mean)))])
             found = found.reshape(self.shape[:-1])
-            if self.head.bias is not None:
-                found = found + self.scale * self.head.bias.detach().mean(dtype=dtype)
+            if head.bias is not None:
+                found = found + head.logit_scale * head.bias.detach()[:classes].mean(dtype=dtype)
         return _Logged.apply(found, self.hidden) if self.requires_grad and torch.is_grad_enabled() else found
 
+    @followed
     def argmax(self, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or dim not in (-1, self.ndim - 1):
-            return self.made().argmax(dim, *args, **kwargs)
-        return self._by_rows(lambda logits: logits.argmax(-1))
+        last = not (args or kwargs) and dim in (-1, self.hidden.ndim - 1)
+        return self._by_rows(lambda logits: logits.argmax(-1)) if last else NotImplemented
 
+    @followed
     def log_softmax(self, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or dim not in (-1, self.ndim - 1):
-            return self.made().log_softmax(dim, *args, **kwargs)
-        return _LogProbs(self)
+        last = not (args or kwargs) and dim in (-1, self.hidden.ndim - 1)
+        return _LogProbs(self) if last else NotImplemented
 
     def cross_entropy(
         self, target: Tensor, weight: Any = None, ignore_index: int = IGNORE, reduction: str = "mean", **others: Any
     ) -> Any:
         """``F.cross_entropy`` of (N, V) with classes (N,)."""
         plain = weight is None and not any(value for value in others.values()) and reduction in ("mean", "sum")
-        if not plain or self.ndim != 2 or target.shape != self.shape[:1]:
+        if not plain or self.hidden.ndim != 2 or target.shape != self.shape[:1]:
             options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
-            return F.cross_entropy(self.made(), target, **options, **others)
+            return F.cross_entropy(self.known_as("cross_entropy"), target, **options, **others)
         total = -self.logp(target.masked_fill(target == ignore_index, IGNORE)).sum()
         return total if reduction == "sum" else total / (target != ignore_index).sum()
 
     def made(self) -> Tensor:
         """The logits themselves, (..., V)."""
-        return self._logits(self.hidden)
+        return self._logits(self.hidden, self.whole()) if self.now is None else self.now
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        with self.head.precision():
-            found = F.linear(hidden, self.head.weight, self.head.bias)
-        found = found if self.scale == 1.0 else found * self.scale
-        found = found if self.cap is None else torch.tanh(found) * self.cap
-        return found if self.dtype is None else found.to(self.dtype)
+    def known_as(self, name: str, *, written: bool = False) -> Tensor:
+        """The logits themselves, from now on, for an operation that is not followed."""
+        if self.now is None:
+            self.call.warn(name, self.shape)
+            # also where a trainer looks at them for its log: the graph may be wanted later
+            with torch.set_grad_enabled(self.requires_grad):
+                view = self.source if written else None
+                self.real = self.made() if view is None else view[1](view[0].known_as(name, written=True))
+        assert self.real is not None
+        return self.real
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
-        return replace(
-            self, hidden=change(self.hidden), known={name: change(value) for name, value in self.known.items()}
-        )
+    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
+        with self.call.precision(self.device):
+            return head.logits(hidden).to(self.dtype)
+
+    def _rows(self, change: Callable[[Any], Any], view: Callable[[Any], Any] | None = None) -> DeferredLogits:
+        known = {name: change(value) for name, value in self.known.items()}
+        return replace(self, hidden=change(self.hidden), known=known, source=(self, view or change))
 
     def _by_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        step = max(1, ROW_ELEMENTS // self.shape[-1])
+        step, head = max(1, ROW_ELEMENTS // self.shape[-1]), self.whole()
         with torch.no_grad():
             rows = self.hidden.reshape(-1, self.hidden.shape[-1])
-            parts = [function(self._logits(part)) for part in rows.split(step)]
+            parts = [function(self._logits(part, head)) for part in rows.split(step)]
             return torch.cat(parts).reshape(self.shape[:-1])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name.endswith("_"):
-            # it would change logits that are made for the moment
-            raise TypeError(f"deferred logits can't be changed in place by {name}: disable() the fused path")
-        return getattr(self.made(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        method = _METHODS.get(function)
-        if method is not None and args and isinstance(args[0], DeferredLogits):
-            kwargs.pop("_stacklevel", None)
-            kwargs = {name: value for name, value in kwargs.items() if name not in _LEGACY or value is not None}
-            return getattr(args[0], method)(*args[1:], **kwargs)
-        args, kwargs = pytree.tree_map(made, (args, kwargs))
-        return function(*args, **kwargs)
+        if name in SHAPED:
+            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+        return super().__getattr__(name)
 
 
 @dataclass(frozen=True, eq=False)
-class _LogProbs:
+class _LogProbs(Unmade):
     """``log_softmax`` of deferred logits."""
 
+    FUNCTIONS = frozenset({"gather", "take_along_dim"})
     logits: DeferredLogits
 
     def gather(self, dim: int, index: Tensor) -> Tensor:
         lead = self.logits.shape[:-1]
-        if dim % self.logits.ndim != self.logits.ndim - 1 or index.shape != (*lead, 1):
-            return self.made().gather(dim, index)
+        if dim % (len(lead) + 1) != len(lead) or index.shape != (*lead, 1):
+            return self.known_as("gather").gather(dim, index)
         return self.logits.logp(index.squeeze(-1)).unsqueeze(-1)
+
+    def take_along_dim(self, indices: Tensor, dim: Any = None) -> Tensor:
+        return self.ask("take_along_dim", (indices,)) if dim is None else self.gather(dim, indices)
 
     def made(self) -> Tensor:
         return self.logits.made().log_softmax(-1)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.made(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is torch.gather:
-            return args[0].gather(*args[1:], **kwargs)
-        if function is torch.take_along_dim:
-            names = ("input", "indices", "dim")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if given.get("dim") is not None:
-                return given["input"].gather(given["dim"], given["indices"])
-        args, kwargs = pytree.tree_map(made, (args, kwargs))
-        return function(*args, **kwargs)
+    def known_as(self, name: str, *, written: bool = False) -> Tensor:
+        return self.logits.known_as(f"log_softmax and {name}").log_softmax(-1)
 
 
 class _Logged(torch.autograd.Function):
@@ -360,20 +382,6 @@ class _Logged(torch.autograd.Function):
         raise RuntimeError("the mean of deferred logits is for the log and has no gradient")
 
 
-# older names of reduction, which torch passes on as None
-_LEGACY = ("size_average", "reduce", "dtype")
-_METHODS = {
-    **{getattr(torch, name): name for name in ("tanh", "argmax", "mean", "flatten", "chunk", "split", "log_softmax")},
-    F.log_softmax: "log_softmax",
-    F.cross_entropy: "cross_entropy",
-}
-
-
-def made(value: Any) -> Any:
-    """Logits that are there; what else is given."""
-    return value.made() if isinstance(value, (DeferredLogits, _LogProbs)) else value
-
-
 def _dimensions(item: Any) -> int:
     """How many dimensions an item of an index takes."""
     if item is None or item is Ellipsis:
@@ -381,18 +389,15 @@ def _dimensions(item: Any) -> int:
     return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def call(self: Any, *others: Any) -> Any:
-        return getattr(torch.Tensor, name)(self.made(), *(made(other) for other in others))
-
-    return call
+def _flatten(logits: DeferredLogits) -> tuple[list[Any], Any]:
+    parts = [logits.hidden, logits.head.weight, logits.head.bias, logits.known]
+    return [*parts, logits.real], logits
 
 
-for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__neg__", "__pow__", "__rtruediv__"):
-    for _class in (DeferredLogits, _LogProbs):
-        setattr(_class, _name, _operator(_name))
-for _name in ("__mul__", "__rmul__", "__truediv__", "__getitem__"):
-    setattr(_LogProbs, _name, _operator(_name))
+def _unflatten(parts: Any, logits: DeferredLogits) -> DeferredLogits:
+    hidden, weight, bias, known, real = parts
+    return replace(logits, hidden=hidden, head=replace(logits.head, weight=weight, bias=bias), known=known, real=real)
 
 
-del _name, _class
+# so that what wraps a model finds the tensors in it
+pytree.register_pytree_node(DeferredLogits, _flatten, _unflatten)

@@ -1,0 +1,111 @@
+"""Every causal architecture of the installed transformers, as small as its configuration lets it be."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+VOCAB, LENGTH = 96, 8
+
+# by the names that configurations give to sizes; what a configuration does not know is left out
+LAYERS = {
+    name: 2
+    for name in (
+        *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "num_blocks"),
+        *("num_encoder_layers", "num_decoder_layers"),
+    )
+}
+HEADS = {
+    name: 4
+    for name in (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_key_value_heads"),
+        *("encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads", "kv_n_heads"),
+    )
+}
+WIDTHS = {name: 64 for name in ("hidden_size", "n_embd", "d_model", "dim_model", "emb_dim", "embedding_size")}
+INNER = {
+    name: 64
+    for name in (
+        *("intermediate_size", "n_inner", "dim_ff", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "dff", "d_inner"),
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "ffn_hidden_size_mlp"),
+        *("moe_shared_expert_intermediate_size", "feed_forward_size", "attention_hidden_size", "lru_width"),
+    )
+}
+OTHERS = {
+    **{name: VOCAB for name in ("vocab_size", "n_tokens")},
+    **{name: 128 for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")},
+    **{"head_dim": 16, "kv_channels": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 4},
+    **{name: 4 for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")},
+    **{name: 2 for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k")},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1, "n_shared_experts": 1},
+    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_d_ssm": 128, "mamba_num_heads": 8},
+    **{"mamba_head_dim": 16, "ssm_state_size": 16, "state_size": 16, "mamba_headdim": 16, "mamba_ngroups": 1},
+    **{"time_step_rank": 8, "mamba_dt_rank": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 4},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "sliding_window": 4, "attention_window_size": 4},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "unk_token_id": 0},
+    **{"word_embed_proj_dim": 64, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    **{"tie_word_embeddings": False, "attn_implementation": "eager"},
+}
+TINY = LAYERS | HEADS | WIDTHS | INNER | OTHERS
+
+
+def shrunk(config: PretrainedConfig) -> dict[str, Any]:
+    """Keyword arguments of a small configuration of the same kind."""
+    given: dict[str, Any] = {}
+    known = set(config.to_dict()) | set(inspect.signature(type(config).__init__).parameters)
+    for name in sorted(known):
+        value = getattr(config, name, None)
+        if isinstance(value, PretrainedConfig):
+            given[name] = type(value)(**shrunk(value))
+        elif name in TINY and not isinstance(value, (list, tuple, dict)):
+            given[name] = TINY[name]
+    return given
+
+
+def build(name: str) -> nn.Module:
+    """A model with random weights, float32, in eval mode, with logits of some tens.
+
+    Raises:
+        Exception: the configuration can't be made small in this way.
+    """
+    base = AutoConfig.for_model(name)
+    given = shrunk(base) | copy.deepcopy(SPECIAL.get(name, {}))
+    config = type(base)(**given)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if hasattr(config, "is_decoder") and not config.is_decoder:
+        config.is_decoder = True
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind(config).parameters())
+    if size > 20_000_000:
+        raise ValueError(f"{name} has {size} parameters")
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    layer = model.get_output_embeddings()
+    if layer is not None:
+        with torch.no_grad():
+            logits = logits_of(model)
+            layer.weight.mul_(40.0 / logits.abs().max())
+    return model
+
+
+def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(5, 60, (2, LENGTH))}
+
+
+def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
+    found = model(**(inputs or inputs_of(model)))
+    return found.logits if hasattr(found, "logits") else found[0]
+
+
+SPECIAL: dict[str, dict[str, Any]] = {}
