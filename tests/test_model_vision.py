@@ -159,7 +159,9 @@ def test_an_adapter_that_adds_tokens() -> None:
     want = model(input_ids=ids).logits
     assert hidden.shape == (2, 7, 32)
     torch.testing.assert_close(head.logits(hidden), want)
-    with pytest.raises(ValueError, match=r"the model has 7 positions, and 4 labels want 5: an adapter that adds tokens"):
+    with pytest.raises(
+        ValueError, match=r"the model has 7 positions, and 4 labels want 5: an adapter that adds tokens"
+    ):
         token_stats_of(model, {"input_ids": ids}, ids[:, 1:])
 
 

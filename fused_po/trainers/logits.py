@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fused_po.trainers.deferred import made
 from fused_po.trainers.seam import deferred
-from fused_po.trainers.unmade import is_unmade, made
 
 __all__ = ["PREDICTION", "Methods"]
 
@@ -64,6 +63,6 @@ class Methods:
                 if method.__name__ != PREDICTION:
                     return found
                 with torch.no_grad():
-                    return pytree.tree_map(made, found, is_leaf=is_unmade)
+                    return made(found)
 
         return call

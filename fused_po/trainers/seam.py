@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fused_po.trainers.deferred import Call, DeferredLogits
-from fused_po.trainers.head import Head
+from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.head import Call, Head
 
 __all__ = ["Replaced", "deferred", "output_layer", "putting_off", "standing_in"]
 

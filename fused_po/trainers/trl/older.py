@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.deferred import DeferredLogits, made
 from fused_po.trainers.logits import Methods
 from fused_po.trainers.trl import chunked_nll
-from fused_po.trainers.unmade import made
 
 __all__ = ["EXPERIMENTAL", "METHODS", "Patches"]
 

@@ -124,16 +124,9 @@ class PPOOutput(CausalLMOutputWithPast):
 def forward_with_fused_po(
     self: nn.Module,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
+    *,
     labels: Tensor | None = None,
-    use_cache: bool | None = None,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
     return_dict: bool | None = None,
-    cache_position: Tensor | None = None,
     logits_to_keep: int | Tensor = 0,
     temperature: float | Tensor = 1.0,
     shift_labels: Tensor | None = None,
@@ -172,20 +165,8 @@ def forward_with_fused_po(
     source = labels if labels is not None else input_ids
     if shift_labels is None and source is None:
         raise ValueError("one of shift_labels, labels and input_ids is needed for the log-probs")
-    given = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "inputs_embeds": inputs_embeds,
-        "use_cache": use_cache,
-        "output_attentions": output_attentions,
-        "output_hidden_states": output_hidden_states,
-        "cache_position": cache_position,
-        **inputs,
-    }
     # what is None may be unknown to the model
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
     taken = run_apart(self, partial(original_forward(type(self)), self, **given, return_dict=True))
     if shift_labels is None:
         assert source is not None

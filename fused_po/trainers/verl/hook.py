@@ -49,9 +49,9 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
 
     Replaced are ``linear_cross_entropy`` (``impl_backend: triton``, and Megatron's path),
     ``FusedLinearForPPO`` (``torch`` and ``liger``), and the forward that verl gives to text models, for one that runs
-    the model's own and heeds what that does to its logits. Call it in each worker before the actor's model is built: a model that has verl's
-    forward already keeps it, and takes its log-probs from here all the same; one that was built meanwhile keeps ours
-    after ``disable``. Calling it again changes the options.
+    the model's own. Call it in each worker before the actor's model is built: a model that has verl's forward already
+    keeps it, and takes its log-probs from here all the same; one that was built meanwhile keeps ours after
+    ``disable``. Calling it again changes the options.
 
     Args:
         backend: as in ``linear_token_stats``; None: the first that supports the case.
