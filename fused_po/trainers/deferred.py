@@ -101,8 +101,6 @@ class DeferredLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    # what logits are made of, followed
-
     @followed
     def __getitem__(self, index: Any) -> Any:
         items = index if isinstance(index, tuple) else (index,)
@@ -200,8 +198,6 @@ class DeferredLogits:
     def tanh(self) -> Any:
         return self._as(softcap=1.0) if self.head.softcap is None else NotImplemented
 
-    # what they are asked for
-
     def statistics(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Log-prob of the labels, entropy and mean logit of each row, in the shape of labels, differentiable."""
         self.call.count()
@@ -239,7 +235,6 @@ class DeferredLogits:
 
     @followed
     def nansum(self, *dim: Any) -> Any:
-        """Over everything; logged by trainers, so that a gradient through it is refused."""
         found = self._row_means().sum() * self.shape[-1]
         return NotImplemented if dim or not found.isfinite() else found
 
