@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_cpu_vs_trl, report
+from bench import bench_cpu_vs_trl, readme, report
 from bench.targets import targets
 from fused_po.bench import measure, methods
 from fused_po.bench.accuracy import bounds, method_errors, rejected
@@ -168,6 +168,14 @@ def test_the_page_is_what_the_results_say(tmp_path, monkeypatch):
     drawn = {plot.name: digest_in(plot) for plot in (tmp_path / "performance").iterdir()}
     folder = report.FOLDER.parent / "docs" / "performance"
     assert drawn == {plot.name: digest_in(plot) for plot in folder.iterdir()}, "run python -m bench.report"
+
+
+def test_the_readme_shows_figures_of_the_results():
+    measured = json.loads((report.RESULTS / "cpu_vs_trl.json").read_text())
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.with_block(text, measured) == text, "run python -m bench.report"
+    with pytest.raises(ValueError, match="has no place for figures"):
+        readme.with_block(text.replace(readme.LAST, ""), measured)
 
 
 def digest_in(plot: Path) -> str:
