@@ -23,7 +23,7 @@ def paper_section() -> list[str]:
         "## A GPU on paper",
         "",
         *prose(
-            f"""Not measured but counted. Every operation of a forward and backward is listed on tensors that have shapes
+            f"""Not measured but counted. Every operation of a forward and backward is listed on tensors with shapes
             and no values, and priced for an {on.name.upper()}: a product by its FLOP over {on.half / 1e12:.0f} TFLOP/s
             or by its bytes over {on.bandwidth / 1e12:.1f} TB/s, whichever takes longer, and on top by the bytes of an
             accumulator that it reads and writes again; all else by its bytes. The unit is the time of the bare products
