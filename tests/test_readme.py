@@ -8,8 +8,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -73,15 +73,15 @@ def test_a_loss_of_ones_own_trains(tmp_path: Path, own_loss: str) -> None:
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Import a snippet that registers a loss; other tests know all losses, so it is gone afterwards."""
 
     def run_module(text: str) -> None:
         monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-        (tmp_path / "snippet_with_a_loss.py").write_text(text, encoding="utf-8")
-        monkeypatch.syspath_prepend(tmp_path)
-        import_module("snippet_with_a_loss")
-        monkeypatch.delitem(sys.modules, "snippet_with_a_loss")
+        module = ModuleType("snippet")
+        # dataclasses look their module up
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(text, vars(module))
 
     return run_module
 
