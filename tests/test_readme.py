@@ -7,10 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+from fused_po import losses, splits
+from fused_po.losses import registry
+from fused_po.ops.coefficients import coefficients
+from tests.losses.cases import make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,21 +72,23 @@ def test_a_loss_of_ones_own_trains(tmp_path: Path, own_loss: str) -> None:
     assert "agree" in run(tmp_path, *arguments)
 
 
-def test_a_loss_of_ones_own_is_what_it_says(tmp_path: Path, own_loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Import a snippet that registers a loss; other tests know all losses, so it is gone afterwards."""
+
+    def run_module(text: str) -> None:
+        monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+        module = ModuleType("snippet")
+        # dataclasses look their module up
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(text, vars(module))
+
+    return run_module
+
+
+def test_a_loss_of_ones_own_is_what_it_says(own_loss: str, load: Callable[[str], None]) -> None:
     """Under a split that takes the negative side away, and with the coefficients that its pattern promises."""
-    import torch
-
-    from fused_po import losses, splits
-    from fused_po.losses import registry
-    from fused_po.ops.coefficients import coefficients
-    from tests.losses.cases import make_batch
-
-    # other tests know all losses
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    (tmp_path / "my_loss.py").write_text(own_loss, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    import_module("my_loss")
-    monkeypatch.delitem(sys.modules, "my_loss")
+    load(own_loss)
     loss = losses.create("margin_to_target", target=5.0)
     stats, batch, _ = make_batch(loss, [3, 5])
     value, whole = coefficients(loss, stats, batch)
@@ -88,3 +97,14 @@ def test_a_loss_of_ones_own_is_what_it_says(tmp_path: Path, own_loss: str, monke
     assert value > 0 and ratio[0] < 0
     _, split = coefficients(loss, stats, batch, splits.positive_only())
     torch.testing.assert_close(split.logp, torch.where(batch.chosen, whole.logp, 0.0))
+
+
+def test_the_loss_of_contributing_is_what_it_says(load: Callable[[str], None]) -> None:
+    (text,) = blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "python")
+    load(text)
+    loss = losses.create("squared_hinge")
+    stats, batch, _ = make_batch(loss, [3, 5])
+    value, found = coefficients(loss, stats, batch)
+    hinge, _ = coefficients(losses.create("hinge"), stats, batch)
+    torch.testing.assert_close(value, hinge.square())
+    torch.testing.assert_close(found.logp, -2 * hinge * 0.1 * loss.pattern(batch))
