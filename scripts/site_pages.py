@@ -37,7 +37,9 @@ def reference() -> str:
     import fused_po
 
     names = [name for name in fused_po.__all__ if name not in MODULES and not name.startswith("__")]
-    lines = ["# Reference", "", "## fused_po", "", *(f"::: fused_po.{name}\n" for name in names)]
+    # where each is defined: a module may have the name of what it defines
+    found = [getattr(fused_po, name) for name in names]
+    lines = ["# Reference", "", "## fused_po", "", *(f"::: {one.__module__}.{one.__qualname__}\n" for one in found)]
     for module in MODULES:
         lines += [f"## fused_po.{module}", "", f"::: fused_po.{module}", "    options:"]
         lines += ["      show_root_heading: false", "      show_root_toc_entry: false", ""]

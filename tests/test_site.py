@@ -52,7 +52,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "WARNING" not in done.stderr, done.stderr
     reference = (tmp_path / "site" / "reference.html").read_text()
     # a public name with what its docstring says of an argument
-    assert 'id="fused_po.linear_loss"' in reference and "scratch_bytes" in reference
+    assert 'id="fused_po.ops.linear_loss.linear_loss"' in reference and "scratch_bytes" in reference
     start = (tmp_path / "site" / "index.html").read_text()
     assert 'href="guides/pytorch.html"' in start and "docs/guides" not in start
     # a page asks no other host for anything
