@@ -61,11 +61,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Split:
-    """Scales the coefficients of a loss by side: ``c <- c s f(w) / w`` with s = ``positive`` or ``negative`` and w the
-    loss's own weight (arXiv 2512.00778: sigmoid(-beta h) for DPO, |A| for PPO).
+    """Scales positive learning, negative learning and the weights of samples (arXiv 2512.00778), in any loss that has
+    sides.
 
-    Terms without a side (KL, NLL, entropy) stay as they are, and so does the reported value of the loss: only the
-    gradient changes. It costs O(N).
+    With c = dL/dlogp of a token, it becomes ``c s f(w) / w``: s is ``positive`` or ``negative``, by the token's side; w
+    is the loss's own weight, sigmoid(-beta h) for DPO and |A| for PPO, and f says what becomes of it. Terms without a
+    side (KL, NLL, entropy) stay as they are. The gradient changes, the reported value of the loss does not. It costs a
+    few operations a token.
 
     Args:
         positive: weight of positive learning, a number or a schedule of the fraction of the training, 1.0.
@@ -73,12 +75,13 @@ class Split:
         reweight: f: ``identity``; ``none``, the mean weight of the population; ``clip``, min(w, ``clip_max``);
             ``power``, w^``power``; ``tertiles``, w times ``tertile_gains`` of its third; or a function from weights
             (M,) to weights (M,).
-        by: ``role``: the paper's sides, chosen and rejected answers, or the sign of the advantage. ``direction``: the
-            sign of c itself; they differ where a loss pulls a chosen answer down (SPPO beyond its target).
-        population: over what the mean and the thirds are taken: ``horizon``, each horizon of the loss for itself (a
-            pair of DPO or a token of PPO has a mean, but no thirds); ``batch``, which makes the batch the horizon;
-            or ``running``, given as ``running_mean`` and ``running_tertiles``. Samples are answers where the loss
-            weighs answers, else tokens.
+        by: what tells the sides apart. ``role``: chosen or rejected, or the sign of the advantage, as in the paper.
+            ``direction``: whether the gradient raises or lowers the log-prob; it differs from ``role`` where a loss
+            pulls a chosen answer down (SPPO beyond its target).
+        population: of which samples the mean and the thirds are taken; a sample is an answer where the loss weighs
+            answers, else a token. ``horizon``: of what the loss sees at once, a pair of DPO or a token of PPO; the mean
+            of so few is their own weight, and they have no thirds. ``batch``: of the whole call, which the loss then
+            has to see at once. ``running``: given as ``running_mean`` and ``running_tertiles``.
         clip_max: bound of ``clip``.
         power: exponent of ``power``.
         tertile_gains: gains of the third with the largest weights, the middle and the smallest.
