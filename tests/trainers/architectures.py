@@ -7,10 +7,12 @@ import inspect
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCAB, LENGTH = 96, 8
@@ -135,10 +137,24 @@ def build(name: str) -> nn.Module:
     model = kind(config).eval()
     layer = model.get_output_embeddings()
     if layer is not None:
+        # some thousandths at first, which no softcap would be seen in
         with torch.no_grad():
-            logits = logits_of(model)
-            layer.weight.mul_(40.0 / logits.abs().max())
+            layer.weight.mul_(40.0 / logits_of(model).abs().max())
     return model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The same model with a LoRA adapter that is heard, on the projections that PEFT takes.
+
+    Raises:
+        ValueError: there is none that it takes.
+    """
+    layers = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
+    targets = sorted(layers & set(PROJECTIONS))
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no projection of {', '.join(PROJECTIONS)}")
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
 
 
 def inputs_of(model: nn.Module) -> dict[str, Tensor]:
@@ -147,11 +163,18 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
-    known = inspect.signature(model.forward).parameters
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(inner.forward).parameters
     found = model(**(inputs or inputs_of(model)), **({"use_cache": False} if "use_cache" in known else {}))
     return found.logits if hasattr(found, "logits") else found[0]
 
 
+# attention, and what stands in its place
+PROJECTIONS = (
+    *("q_proj", "v_proj", "query_key_value", "c_attn", "query", "value", "Wqkv", "in_proj", "qkv_proj", "o_proj", "q"),
+    *("wq", "wv", "q_lin", "v_lin", "x_proj", "receptance", "kv_b_proj", "in_proj_qkv", "fc1", "att_proj", "q_a_proj"),
+    *("project_q", "query_proj", "qkv", "proj_up", "down_proj", "up_proj", "wq_b", "gate_proj"),
+)
 HYBRID = {"num_hidden_layers": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"rotary_dim": 8} for name in ("codegen", "gptj")},
@@ -160,7 +183,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (2, 4), "attn_layers": ["local", "local"]},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zaya": {"num_experts_per_tok": 1},
-    "blt": {},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"expert_ffn_hidden_size": 64, "zero_expert_num": 2},
@@ -168,6 +190,5 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
-    "gemma4_assistant": {},
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), HYBRID),
 }
