@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["HORIZONS", "Batch", "Loss", "listed", "total"]
+__all__ = ["HORIZONS", "Batch", "Loss", "check_terms", "has_sides", "listed", "require_sides", "total"]
 
 # a loss must see a whole horizon at once, the planner never cuts one
 HORIZONS = ("token", "sequence", "pair", "group", "batch")
@@ -138,6 +138,48 @@ class Loss(ABC):
         missing = reads - given - OPTIONAL
         if missing:
             raise ValueError(f"loss {self.name!r} needs {listed(missing)}")
+
+
+def has_sides(loss: Loss) -> bool:
+    """Whether some part of a loss says which side its tokens are on."""
+    return any(type(part).role is not Loss.role for _, part in loss.parts)
+
+
+def require_sides(loss: Loss, what: str) -> None:
+    """Whether some token of a loss has a side.
+
+    Args:
+        what: would do nothing without one.
+
+    Raises:
+        ValueError: no part of the loss has a ``role``.
+    """
+    if not has_sides(loss):
+        raise ValueError(
+            f"{what} does nothing to loss {loss.name!r}, which has no sides: a loss has them where its class defines "
+            "role(batch) -> (N,), +1 for tokens to be learned, -1 for tokens to be unlearned, 0 for neither"
+        )
+
+
+def check_terms(loss: Loss, names: Iterable[str]) -> None:
+    """Whether the terms of a loss are what it declares of their sides.
+
+    Args:
+        names: of the terms that it returned.
+
+    Raises:
+        ValueError: it has a ``role`` but no term with sides, or terms without sides that it does not announce.
+    """
+    unsided = frozenset(names) - loss.sided
+    if has_sides(loss) and unsided and unsided == frozenset(names):
+        raise ValueError(
+            f"loss {loss.name!r} has sides, but none of its terms ({listed(unsided)}) is declared to have them: name "
+            f"the term {listed(Loss.sided).replace(', ', ' or ')}, or declare sided: ClassVar = frozenset({{...}})"
+        )
+    if unsided and not loss.has_unsided_terms:
+        raise ValueError(
+            f"loss {loss.name!r} returns terms without sides ({listed(unsided)}), so its has_unsided_terms must be True"
+        )
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 
 from fused_po.kernels.blocks import leaves_out
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import Batch, Loss, require_sides
 from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
 from fused_po.ops.checks import check_outputs, require_number
@@ -26,7 +26,7 @@ from fused_po.ops.output import LossOutput, SplitGradients, part_names
 from fused_po.ops.planning import Plan
 from fused_po.ops.sweep import Sweep
 from fused_po.ops.workspace import Workspace
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import STATISTICS, Stats
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def linear_loss(
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
-    if split is not None and not isinstance(split, Split):
-        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
+    check_split(split, loss)
     if outputs != ():
         check_outputs(outputs)
     ready = prepare(
@@ -165,6 +164,8 @@ def linear_loss(
         _warn_inside_checkpoint()
     batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     names = part_names(split_gradients)
+    if names:
+        require_sides(loss, "split_gradients")
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
     asked = tuple(name for name in STATISTICS if name in loss.statistics or name in outputs)

@@ -15,7 +15,7 @@ from fused_po.ops.checks import require_tensors, same_device
 from fused_po.ops.coefficients import coefficients, loss_value
 from fused_po.ops.output import LossOutput
 from fused_po.ops.planning import Plan, default_plan
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import Stats
 
 __all__ = ["stats_loss"]
@@ -53,6 +53,7 @@ def stats_loss(
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
     loss.check(frozenset(side_inputs))
+    check_split(split, loss)
     present = stats.present()
     missing = [name for name in loss.statistics if name in loss.needs and name not in present]
     if missing:
