@@ -30,6 +30,7 @@ def check_gradients(problem: Problem, value: torch.Tensor, want: torch.Tensor) -
         assert relative_error(mine, truth) <= TOLERANCE, name
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, WEIGHT_FROZEN, frozenset({"hidden"})], ids=str)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, PLENTY])
 @pytest.mark.parametrize("case", [*CASES, "entropy-pairs"])
