@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml setup.py constraints.txt
 DEMO := demo-output
+# processes that share the tests, as pytest-xdist has it; each needs 2 GiB
+WORKERS ?= logical
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench site hooks clean
+.PHONY: help demo test nightly lint format bench site hooks clean
 # two installations into one .venv must not run side by side
 .NOTPARALLEL:
 
@@ -19,7 +22,10 @@ demo: $(VENV)/.package  ## train a small model on the shipped preferences, fused
 	$(BIN)/fused-po train --compare --output $(DEMO)
 
 test: $(VENV)/.development  ## run the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not large"
+	$(PYTEST) -m "not gpu and not large and not nightly"
+
+nightly: $(VENV)/.development  ## run them with the products of their parameters in full
+	$(PYTEST) -m "not gpu and not large"
 
 lint: $(VENV)/.development  ## check style and types
 	$(BIN)/ruff check .
