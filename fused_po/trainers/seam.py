@@ -115,13 +115,13 @@ def deferred(
 def putting_off(options: Mapping[str, Any], count: Callable[[], None], calls: list[Call]) -> Callable[..., Any]:
     """What an output layer does instead of its product: see ``Replaced``."""
 
-    def instead(layer: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def instead(layer: Any, own: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         product = _PutOff(Call(layer, options, count), calls)
         # also where DeepSpeed has its own function for the product
-        if getattr(own, "__func__", None) is nn.Linear.forward and product.fits(*args, layer.weight):
-            return product.logits(*args, layer.weight, layer.bias)
+        if getattr(own, "__func__", None) is nn.Linear.forward and product.fits(hidden, layer.weight):
+            return product.logits(hidden, layer.weight, layer.bias)
         with product:
-            found = own(*args, **kwargs)
+            found = own(hidden, *args, **kwargs)
         if not product.caught:
             kind = type(layer).__name__
             warnings.warn(f"full logits are made: {kind} multiplies by no weight of its own", stacklevel=3)
@@ -147,11 +147,12 @@ class _PutOff(TorchFunctionMode):
         return whole and weight is self.call.layer.weight
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> DeferredLogits:
+        layer: Any = self.call.layer
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if hasattr(self.call.layer, "pre_bwd_fn") and hidden.requires_grad:
+        if hasattr(layer, "pre_bwd_fn") and hidden.requires_grad:
             # ZeRO-3 finds no tensor in what the layer returns, and waits for the backward of one
-            hidden = self.call.layer.pre_bwd_fn.apply(hidden)
+            hidden = layer.pre_bwd_fn.apply(hidden)
         head = Head(_AtHand.apply(weight), None if bias is None else _AtHand.apply(bias))
         call = replace(self.call, autocast=autocast)
         self.calls.append(call)
