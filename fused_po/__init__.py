@@ -42,21 +42,21 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# where each public name is defined; None: it is a submodule
+# the submodule in which each public name is defined; None: it is one
 _HOMES = {
-    "LossOutput": "fused_po.ops",
-    "Plan": "fused_po.ops",
-    "Split": "fused_po.splits",
-    "SplitGradients": "fused_po.ops",
-    "Stats": "fused_po.stats",
+    "LossOutput": "ops",
+    "Plan": "ops",
+    "Split": "splits",
+    "SplitGradients": "ops",
+    "Stats": "stats",
     "advantages": None,
-    "linear_loss": "fused_po.ops",
-    "linear_token_stats": "fused_po.ops",
+    "linear_loss": "ops",
+    "linear_token_stats": "ops",
     "losses": None,
-    "make_plan": "fused_po.ops",
+    "make_plan": "ops",
     "splits": None,
-    "stats_loss": "fused_po.ops",
-    "token_stats": "fused_po.ops",
+    "stats_loss": "ops",
+    "token_stats": "ops",
 }
 
 
@@ -64,7 +64,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]
-    value = import_module(f"{__name__}.{name}") if home is None else getattr(import_module(home), name)
+    module = import_module(f"{__name__}.{home or name}")
+    value = module if home is None else getattr(module, name)
     # found without this function from now on
     globals()[name] = value
     return value

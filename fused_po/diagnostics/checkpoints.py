@@ -29,7 +29,7 @@ def alignment_over_checkpoints(
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> dict[Path, Alignment]:
-    """``gradient_alignment`` at each checkpoint of a run, in eval mode.
+    """G at each checkpoint of a run, in eval mode: ``gradient_alignment``, which says what D and D' are.
 
     Args:
         checkpoints: folders that ``save_pretrained`` wrote, in the order of training.
