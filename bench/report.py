@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from bench import readme
@@ -23,6 +23,7 @@ from bench.prose import prose
 from bench.targets import results_by_case, targets
 from fused_po.bench.methods import NAMES
 from fused_po.bench.objectives import OBJECTIVES
+from fused_po.pictures import png
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -130,7 +131,7 @@ def plot(name: str, results: list[dict[str, Any]]) -> str:
     """Draw time over the floor and scratch of each method and case; returns the path from the page."""
     methods = [m for m in NAMES if any(m in result["methods"] for result in results)]
     figure, axes = plt.subplots(
-        1, 2, figsize=(12, max(3.0, 0.8 + 0.75 * len(results))), layout="constrained", sharey=True
+        1, 2, figsize=(11, max(3.0, 0.8 + 0.9 * len(results))), layout="constrained", sharey=True
     )
     height = 0.8 / len(methods)
     drawn = []
@@ -140,9 +141,10 @@ def plot(name: str, results: list[dict[str, Any]]) -> str:
         rows = [result["methods"][method] for _, result in found]
         over = [row["ms"] / result["floor"]["ms"] for row, (_, result) in zip(rows, found, strict=True)]
         scratch = [row["scratch_bytes"] / MIB for row in rows]
-        label = NAMES[method].replace("`", "")
-        axes[0].barh(places, over, height, label=label)
-        axes[1].barh(places, scratch, height)
+        times = axes[0].barh(places, over, height, label=NAMES[method].replace("`", ""))
+        memory = axes[1].barh(places, scratch, height)
+        axes[0].bar_label(times, fmt="%.2f", padding=2, fontsize=7)
+        axes[1].bar_label(memory, fmt="%.0f", padding=2, fontsize=7)
         drawn.append([method, places, over, scratch])
     labels = [f"{r['shape']['loss']}, {_head(r['shape'])}\nV={r['shape']['vocab']}" for r in results]
     axes[0].set_yticks(range(len(results)), labels, fontsize=8)
@@ -150,16 +152,16 @@ def plot(name: str, results: list[dict[str, Any]]) -> str:
     axes[0].axvline(1.0, color="black", linewidth=0.8)
     axes[0].set_xlabel("time over the floor")
     axes[1].set_xlabel("scratch, MiB")
-    axes[0].legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=len(methods))
     for axis in axes:
-        axis.set_xscale("log")
+        # room for the numbers behind the bars
+        axis.margins(x=0.1)
         axis.grid(axis="x", alpha=0.3)
-    path = DOCS / "performance" / f"{name}.svg"
+    path = DOCS / "performance" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    # the same bytes from the same figures; what they are can be seen where matplotlib is another
+    # what was drawn can be seen where matplotlib is another
     digest = hashlib.sha256(json.dumps([labels, drawn]).encode()).hexdigest()
-    with plt.rc_context({"svg.hashsalt": "fused_po"}):
-        figure.savefig(path, metadata={"Date": None, "Description": digest})
+    path.write_bytes(png(figure, description=digest))
     plt.close(figure)
     return f"performance/{path.name}"
 

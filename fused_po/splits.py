@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fused_po.losses.batch import Batch
-from fused_po.losses.contract import HORIZONS, Loss
+from fused_po.losses.contract import HORIZONS, Loss, require_sides
 
 __all__ = [
     "Linear",
     "Split",
+    "check_split",
     "controlled_dpo",
     "controlled_ppo",
     "negative_only",
@@ -86,11 +87,13 @@ class Split:
         power: exponent of ``power``.
         tertile_gains: gains of the third with the largest weights, the middle and the smallest.
         running_mean, running_tertiles: the mean weight, and the bounds of the middle third.
-        progress: the fraction of the training that is done, in [0, 1]; see ``at``.
+        progress: the fraction of the training that is done, in [0, 1]; a split with a schedule needs it, and ``at``
+            sets it.
         allow_negative: False: a weight below 0 is an error, since it turns learning around.
 
     Raises:
-        ValueError: a number out of range, an unknown word, or a statistic that is missing.
+        ValueError: a number out of range, an unknown word, or a statistic that is missing; where it is used, a schedule
+            without a ``progress``, or a loss that has no sides.
     """
 
     positive: float | Schedule = 1.0
@@ -103,11 +106,11 @@ class Split:
     tertile_gains: tuple[float, float, float] = (1.0, 1.0, 1.0)
     running_mean: float | None = None
     running_tertiles: tuple[float, float] | None = None
-    progress: float = 0.0
+    progress: float | None = None
     allow_negative: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.progress <= 1.0:
+        if self.progress is not None and not 0.0 <= self.progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], the fraction of the training: got {self.progress}")
         for name, choices in (("by", ("role", "direction")), ("population", ("batch", "horizon", "running"))):
             if getattr(self, name) not in choices:
@@ -121,7 +124,7 @@ class Split:
             if getattr(self, needed) is None:
                 raise ValueError(f"population='running' with reweight={self.reweight!r} needs {needed}")
         # a bad schedule shows before the training, not in it
-        for gain in (*self.weights, *self._ends(), *self.tertile_gains):
+        for gain in (*self._at(self.progress or 0.0), *self._at(0.0), *self._at(1.0), *self.tertile_gains):
             if not math.isfinite(gain) or (gain < 0 and not self.allow_negative):
                 raise ValueError(f"weights must be finite and at least 0 (else allow_negative=True): got {gain}")
 
@@ -131,8 +134,17 @@ class Split:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """The weights of positive and negative learning now."""
-        return self._value(self.positive, self.progress), self._value(self.negative, self.progress)
+        """The weights of positive and negative learning now.
+
+        Raises:
+            ValueError: they follow a schedule, and nobody said how far the training is.
+        """
+        if self.progress is None and (callable(self.positive) or callable(self.negative)):
+            raise ValueError(
+                "the weights of this split follow a schedule, so it must be told how far the training is: give "
+                "split.at(step / steps) in each step"
+            )
+        return self._at(self.progress or 0.0)
 
     def horizon(self, loss: Loss) -> str:
         """What a loss must see whole under this split.
@@ -212,12 +224,26 @@ class Split:
             thirds = tertiles(samples, groups)
         return torch.where(thirds == 2, top, torch.where(thirds == 1, middle, samples.new_full((), bottom)))
 
-    def _ends(self) -> list[float]:
-        return [self._value(side, end) for side in (self.positive, self.negative) for end in (0.0, 1.0)]
+    def _at(self, progress: float) -> tuple[float, float]:
+        positive, negative = (side(progress) if callable(side) else side for side in (self.positive, self.negative))
+        return float(positive), float(negative)
 
-    @staticmethod
-    def _value(side: float | Schedule, progress: float) -> float:
-        return float(side(progress) if callable(side) else side)
+
+def check_split(split: object, loss: Loss) -> None:
+    """Whether ``split`` is one, or None, and does something to a loss now.
+
+    Raises:
+        ValueError: something else, a loss none of whose tokens has a side, or a schedule that was not told how far the
+            training is.
+    """
+    if split is None:
+        return
+    if not isinstance(split, Split):
+        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
+    require_sides(loss, "a split")
+    split.horizon(loss)
+    # asked for its error
+    _ = split.weights
 
 
 def tertiles(samples: Tensor, groups: Tensor) -> Tensor:

@@ -15,20 +15,23 @@ trap 'rm -rf "$work"' EXIT
 for python in "$@"; do
   python=$(command -v "$python")
   tag=$("$python" -c 'import sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}")')
+  "$python" -m venv --clear "$work/env"
   for file in "$dist"/*.whl "$dist"/*.tar.gz; do
+    [ -e "$file" ] || continue
     case $file in
-      *-py3-none-any.whl | *"-$tag-$tag-"*.whl | *.tar.gz) ;;
+      *-py3-none-any.whl | *.tar.gz) wanted=sources ;;
+      *-"$tag-$tag"-*.whl) wanted=compiled ;;
       *) echo "$tag: $(basename "$file") is not for it"; continue ;;
     esac
-    [ -e "$file" ] || continue
     echo "$tag: $(basename "$file")"
-    "$python" -m venv --clear "$work/env"
     # without nvcc on PATH; CUDA_HOME names no place
     (
       cd "$work"
-      export PATH="$work/env/bin:/usr/bin:/bin" CUDA_HOME="$work/none" FUSED_PO_JIT=0
-      pip install -q --disable-pip-version-check -c "$root/constraints.txt" "$file"
-      case $file in *-"$tag"-*.whl) wanted=compiled ;; *) wanted=sources ;; esac
+      export PATH="$work/env/bin:/usr/bin:/bin" CUDA_HOME="$work/none" FUSED_PO_JIT=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+      # what it needs stays in the environment for the next; the package itself does not
+      pip uninstall -q -y fused-po 2> "$work/none-yet"
+      pip install -q -c "$root/constraints.txt" "$file"
+      pip check
       python -I "$root/scripts/smoke.py" "$wanted"
       fused-po --help > "$work/help"
       fused-po doctor > "$work/doctor" || { cat "$work/doctor"; exit 1; }

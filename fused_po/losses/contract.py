@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["HORIZONS", "Batch", "Loss", "listed", "total"]
+__all__ = ["HORIZONS", "Batch", "Loss", "check_terms", "has_sides", "listed", "meant", "require_sides", "total"]
 
 # a loss must see a whole horizon at once, the planner never cuts one
 HORIZONS = ("token", "sequence", "pair", "group", "batch")
@@ -129,8 +130,11 @@ class Loss(ABC):
         """What kernels must compute for value and metrics, in the order of ``STATISTICS``."""
         return tuple(name for name in STATISTICS if name in self.needs or name in self.reports)
 
-    def check(self, given: frozenset[str]) -> None:
+    def check(self, given: frozenset[str], arguments: frozenset[str] = frozenset()) -> None:
         """Check the names of side inputs.
+
+        Args:
+            arguments: other names that the operation takes, which may have been meant.
 
         Raises:
             ValueError: a name that no loss knows, one that this loss does not read, or a missing one.
@@ -139,7 +143,8 @@ class Loss(ABC):
         unknown = given - SIDE_INPUTS
         if unknown:
             raise ValueError(
-                f"unknown argument or side input {listed(unknown)}: expected side inputs among {listed(SIDE_INPUTS)}"
+                f"unknown argument or side input {listed(unknown)}{meant(unknown, SIDE_INPUTS | arguments)}: "
+                f"expected side inputs among {listed(SIDE_INPUTS)}"
             )
         unread = given - reads
         if unread:
@@ -149,9 +154,58 @@ class Loss(ABC):
             raise ValueError(f"loss {self.name!r} needs {listed(missing)}")
 
 
+def has_sides(loss: Loss) -> bool:
+    """Whether some part of a loss says which side its tokens are on."""
+    return any(type(part).role is not Loss.role for _, part in loss.parts)
+
+
+def require_sides(loss: Loss, what: str) -> None:
+    """Whether some token of a loss has a side.
+
+    Args:
+        what: would do nothing without one.
+
+    Raises:
+        ValueError: no part of the loss has a ``role``.
+    """
+    if not has_sides(loss):
+        raise ValueError(
+            f"{what} does nothing to loss {loss.name!r}, which has no sides: a loss has them where its class defines "
+            "role(batch) -> (N,), +1 for tokens to be learned, -1 for tokens to be unlearned, 0 for neither"
+        )
+
+
+def check_terms(loss: Loss, names: Iterable[str]) -> None:
+    """Whether the terms of a loss are what it declares of their sides.
+
+    Args:
+        names: of the terms that it returned.
+
+    Raises:
+        ValueError: it has a ``role`` but no term with sides, or terms without sides that it does not announce.
+    """
+    unsided = frozenset(names) - loss.sided
+    if has_sides(loss) and unsided and unsided == frozenset(names):
+        raise ValueError(
+            f"loss {loss.name!r} has sides, but none of its terms ({listed(unsided)}) is declared to have them: name "
+            f"the term {listed(Loss.sided).replace(', ', ' or ')}, or declare sided: ClassVar = frozenset({{...}})"
+        )
+    if unsided and not loss.has_unsided_terms:
+        raise ValueError(
+            f"loss {loss.name!r} returns terms without sides ({listed(unsided)}), so its has_unsided_terms must be True"
+        )
+
+
 def total(terms: dict[str, Tensor]) -> Tensor:
     """The loss: the sum of its terms."""
     return torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
+
+
+def meant(wrong: Iterable[str], known: Iterable[str]) -> str:
+    """Words for a message: the known name nearest to each wrong one; nothing where none is near."""
+    choices = sorted(known)
+    near = [match for name in sorted(wrong) for match in difflib.get_close_matches(str(name), choices, 1, 0.7)]
+    return f" (did you mean {', '.join(dict.fromkeys(near))}?)" if near else ""
 
 
 def listed(items: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +16,10 @@ from torch.torch_version import TorchVersion
 
 from fused_po.kernels.blocks import leaves_out
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import Batch, Loss, require_sides
 from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
-from fused_po.ops.checks import check_outputs, require_number
+from fused_po.ops.checks import check_outputs, refuse_transforms, require_number
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, add_scaled, scaled
 from fused_po.ops.loss_pass import LossPass
@@ -26,7 +27,7 @@ from fused_po.ops.output import LossOutput, SplitGradients, part_names
 from fused_po.ops.planning import Plan
 from fused_po.ops.sweep import Sweep
 from fused_po.ops.workspace import Workspace
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import STATISTICS, Stats
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def linear_loss(
         logit_scale: multiplies the raw logits (Cohere, Granite).
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
-            call.
+            call. A tensor of 0, as where no rank has a loss token, divides by 1; the number 0 is an error.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
         num_chosen_items: number of loss tokens of the chosen answers to normalise by, for the NLL of ``cpo``, ``orpo``
             and paired ``sft``; default counted from this call. With the normalisers given, the gradients of
@@ -134,11 +135,11 @@ def linear_loss(
         ValueError: shapes, dtypes, devices, labels, numbers or side inputs that do not fit the call or the loss.
     """
     _refuse_older_traces()
+    refuse_transforms("linear_loss")
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
-    loss.check(frozenset(side_inputs))
-    if split is not None and not isinstance(split, Split):
-        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
+    loss.check(frozenset(side_inputs), _ARGUMENTS)
+    check_split(split, loss)
     if outputs != ():
         check_outputs(outputs)
     ready = prepare(
@@ -169,6 +170,8 @@ def linear_loss(
         _warn_inside_checkpoint()
     batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     names = part_names(split_gradients)
+    if names:
+        require_sides(loss, "split_gradients")
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
     asked = tuple(name for name in STATISTICS if name in loss.statistics or name in outputs)
@@ -179,6 +182,9 @@ def linear_loss(
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
     parts = SplitGradients.of(names, kept, layout, hidden.shape, weight.shape[0]) if names else None
     return LossOutput(value, metrics, shaped, parts)
+
+
+_ARGUMENTS = frozenset(inspect.signature(linear_loss).parameters)
 
 
 class _LinearLoss(torch.autograd.Function):

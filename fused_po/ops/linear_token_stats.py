@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare, whole
-from fused_po.ops.checks import check_outputs
+from fused_po.ops.checks import check_outputs, refuse_transforms
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
 from fused_po.ops.head import Head
@@ -39,6 +39,7 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
     process_group: ProcessGroup | None = None,
@@ -66,9 +67,11 @@ def linear_token_stats(
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         bias: (V,) or None.
         outputs: names from ``Stats``.
-        temperature: T > 0, a number, (B,), or the shape of labels.
+        temperature: T > 0, a number, (B,), or the shape of labels; with packed labels (B,) needs ``cu_seqlens``.
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
+        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences, to which temperatures (B,) belong; without
+            such temperatures it changes nothing.
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
             CPU. Two things come on top: the room of one gradient of the weight in float32, where the weight is trained
             and stored in a narrower dtype; and a copy of the weight in the compute dtype, where it is stored in a
@@ -89,6 +92,7 @@ def linear_token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
+    refuse_transforms("linear_token_stats")
     check_outputs(outputs)
     ready = prepare(
         hidden,
@@ -98,7 +102,7 @@ def linear_token_stats(
         temperature,
         softcap,
         logit_scale,
-        None,
+        cu_seqlens,
         scratch_bytes,
         plan,
         vocab_size,

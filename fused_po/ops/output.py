@@ -11,8 +11,9 @@ from torch import Tensor
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Layout
 from fused_po.ops.coefficients import sided_coefficients
+from fused_po.ops.devices import has_values
 from fused_po.splits import tertiles
-from fused_po.stats import Stats
+from fused_po.stats import Stats, described
 
 __all__ = ["SIDES", "THIRDS", "LossOutput", "SplitGradients", "part_names", "parts_of"]
 
@@ -20,7 +21,7 @@ SIDES = ("positive", "negative", "rest")
 THIRDS = ("top", "middle", "bottom", "rest")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SplitGradients:
     """Gradients of the parts of a loss. Each token belongs to one part, with all that the loss makes of it, so the
     parts sum to the whole gradient.
@@ -71,11 +72,15 @@ class SplitGradients:
         norms, inner = self.norms(), self.inner(first, second)
         return {kind: inner[kind] / (norms[kind][first] * norms[kind][second]) for kind in inner}
 
+    def __repr__(self) -> str:
+        kinds = (f"{kind}: {described(next(iter(parts.values())))} each" for kind, parts in self._kinds())
+        return f"SplitGradients({', '.join(self.names)}; {', '.join(kinds)})"
+
     def _kinds(self) -> list[tuple[str, Mapping[str, Tensor]]]:
         return [(kind, getattr(self, kind)) for kind in ("hidden", "weight", "bias") if getattr(self, kind)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossOutput:
     """What ``linear_loss`` and ``stats_loss`` return.
 
@@ -92,6 +97,12 @@ class LossOutput:
     metrics: dict[str, Tensor]
     stats: Stats
     split_gradients: SplitGradients | None = None
+
+    def __repr__(self) -> str:
+        # numbers of a GPU are worth a wait here
+        metrics = ", ".join(f"{name}: {_number(value)}" for name, value in self.metrics.items())
+        parts = "" if self.split_gradients is None else f", split_gradients={self.split_gradients}"
+        return f"LossOutput(loss={_number(self.loss)}, metrics={{{metrics}}}, stats={self.stats}{parts})"
 
 
 def part_names(split_gradients: bool | str) -> tuple[str, ...]:
@@ -128,6 +139,10 @@ def parts_of(names: tuple[str, ...], loss: Loss, stats: Stats, batch: Batch) -> 
     else:
         thirds = tertiles(weight, ((role == 0) | ~batch.loss_tokens()).long())
     return torch.where(role != 0, 2 - thirds, rest)
+
+
+def _number(value: Tensor) -> str:
+    return f"{value.item():.6g}" if has_values(value) else described(value)
 
 
 def _padded(gradient: Tensor, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from fused_po.kernels.contract import accumulation_dtype
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
-from fused_po.ops.checks import require_tensors, same_device
+from fused_po.ops.checks import refuse_transforms, require_tensors, same_device
 from fused_po.ops.coefficients import coefficients, loss_value
 from fused_po.ops.output import LossOutput
 from fused_po.ops.planning import Plan, default_plan
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import Stats
 
 __all__ = ["stats_loss"]
@@ -52,7 +53,9 @@ def stats_loss(
     """
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
-    loss.check(frozenset(side_inputs))
+    loss.check(frozenset(side_inputs), _ARGUMENTS)
+    refuse_transforms("stats_loss")
+    check_split(split, loss)
     present = stats.present()
     missing = [name for name in loss.statistics if name in loss.needs and name not in present]
     if missing:
@@ -86,6 +89,9 @@ def stats_loss(
         metrics = loss.metrics(masked_stats(detached, layout.mask), batch) if complete else {}
         shaped = Stats(**{name: layout.fill(v) for name, v in detached.present().items()})
     return LossOutput(value, metrics, shaped)
+
+
+_ARGUMENTS = frozenset(inspect.signature(stats_loss).parameters)
 
 
 class _StatsLoss(torch.autograd.Function):
