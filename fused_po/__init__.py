@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from fused_po.splits import Split
     from fused_po.stats import Stats
+    from fused_po.trainers.model import take_apart
 
 __all__ = [
     "LossOutput",
@@ -37,6 +38,7 @@ __all__ = [
     "make_plan",
     "splits",
     "stats_loss",
+    "take_apart",
     "token_stats",
 ]
 
@@ -56,6 +58,7 @@ _HOMES = {
     "make_plan": "ops",
     "splits": None,
     "stats_loss": "ops",
+    "take_apart": "trainers.model",
     "token_stats": "ops",
 }
 
