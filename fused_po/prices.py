@@ -24,6 +24,7 @@ class Device:
         single: of float32 products where it is not.
         double: of float64 products.
         bandwidth: bytes/s, read plus written.
+        memory: bytes that a process finds free on it, about.
         launch: seconds that a kernel takes to start.
     """
 
@@ -33,6 +34,7 @@ class Device:
     single: float
     double: float
     bandwidth: float
+    memory: int
     launch: float = 2.5e-6
 
     def rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
@@ -64,10 +66,10 @@ class Device:
 DEVICES = {
     known.name: known
     for known in (
-        Device("a100", half=260e12, tf32=130e12, single=17e12, double=17e12, bandwidth=1.8e12),
-        Device("h100", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=3.0e12),
-        Device("h200", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=4.3e12),
-        Device("b200", half=1700e12, tf32=850e12, single=56e12, double=28e12, bandwidth=7.2e12),
+        Device("a100", half=260e12, tf32=130e12, single=17e12, double=17e12, bandwidth=1.8e12, memory=79 << 30),
+        Device("h100", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=3.0e12, memory=79 << 30),
+        Device("h200", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=4.3e12, memory=139 << 30),
+        Device("b200", half=1700e12, tf32=850e12, single=56e12, double=28e12, bandwidth=7.2e12, memory=178 << 30),
     )
 }
 

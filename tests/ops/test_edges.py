@@ -163,8 +163,8 @@ def test_thirds_of_a_population_of_one_are_refused(name):
 
 
 @pytest.mark.parametrize("split", [splits.no_reweighting("horizon"), Split(reweight="power"), Split(reweight="clip")])
-def test_every_reweighting_runs_on_sft(split):
-    problem = Problem(losses.create("sft"))
+def test_every_reweighting_runs_on_a_loss_of_tokens(split):
+    problem = Problem(losses.create("gpg"))
     found = linear_loss(*problem.arguments(), problem.loss, split=split, **problem.options(), **problem.side_inputs)
     found.loss.backward()
     assert all(leaf.grad.isfinite().all() for leaf in problem.leaves)
