@@ -20,10 +20,11 @@ def test_answers_that_are_worth_the_same_are_no_win(name):
     assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0
 
 
-def test_shares_of_clipped_tokens_are_of_each_sequence():
+@pytest.mark.parametrize("lengths", [[2, 4], [2, 0, 4]])
+def test_shares_of_clipped_tokens_are_of_each_sequence(lengths):
     """The least share below the range and the largest above it, of sequences of 2 and 4 tokens."""
     loss = losses.create("dapo", epsilon=0.2)
-    stats, batch, _ = make_batch(loss, [2, 4])
+    stats, batch, _ = make_batch(loss, lengths)
     advantage = batch.per_token["advantage"].new_tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
     # log-ratios: of the first sequence one above, of the second two below and one above
     drift = advantage.new_tensor([0.5, 0.0, -0.5, -0.5, 0.5, 0.0])
