@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+
+pytest.importorskip("trl", reason="TRL is not installed: its trainers are not run")
 import trl.trainer.utils as utils
 from datasets import Dataset
 from torch import nn
