@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def formulas(loss: losses.Loss) -> list[tuple[str, str]]:
 
 
 # longest first; words of a formula and what stands for them on paper
-_SYMBOLS = {
+_SYMBOLS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"epsilon_high": "ε<sub>high</sub>",
     r"(?:cpo_alpha|ppo_kl_coef|delta_v|dual_clip)": r"<code>\g<0></code>",
     r"stopgrad": "sg",
