@@ -24,7 +24,8 @@ def described(tensor: Tensor) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Stats:
-    """Per-token statistics of ``p = softmax(z)`` at the label ``y``; a field that was not asked for is None.
+    """Numbers of each token, from its logits ``z``, their probabilities ``p = softmax(z)`` and its label ``y``. A field
+    that was not asked for is None. Gradients flow through ``logp``, ``entropy`` and ``lse``.
 
     All fields share one shape, that of the labels. Floating fields are float32 for half and single precision inputs,
     float64 for float64. Tokens whose label is -100 hold 0 (False).

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fused_po.losses.unpaired import UnpairedLoss
 from fused_po.ops.batches import Layout, call_batch
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import make_plan
+from fused_po.pictures import png
 from fused_po.stats import STATISTICS, Stats
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -204,7 +205,7 @@ def table() -> str:
                 given = ", ".join(f"{f.name} {_shown(getattr(loss, f.name))}" for f in fields(loss) if f.init)
                 rows.append(
                     f"| **`{loss.name}`**<br>{given} | {equation(loss)} | {paper(loss)} | {loss.horizon} "
-                    f"| {reads(loss)} | {gemms(loss)} | ![](losses/{loss.name}.svg) |"
+                    f"| {reads(loss)} | {gemms(loss)} | ![](losses/{loss.name}.png) |"
                 )
         blocks.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
     blocks.append(micro_batches(made))
@@ -280,7 +281,7 @@ def plot(loss: losses.Loss, path: Path) -> None:
     axes.tick_params(labelsize=5, length=2, pad=1)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    path.write_bytes(png(figure, dpi=130))
     plt.close(figure)
 
 
@@ -288,10 +289,9 @@ def main() -> None:
     (DOCS / "losses.md").write_text(table())
     folder = DOCS / "losses"
     folder.mkdir(exist_ok=True)
-    matplotlib.rcParams.update({"svg.hashsalt": "fused_po", "svg.fonttype": "none"})
     for name in losses.names():
-        plot(losses.create(name), folder / f"{name}.svg")
-    for path in folder.glob("*.svg"):
+        plot(losses.create(name), folder / f"{name}.png")
+    for path in folder.iterdir():
         if path.stem not in losses.names():
             path.unlink()
 

@@ -21,9 +21,9 @@ from fused_po.cli.checkpoint import load_checkpoint, save_checkpoint
 from fused_po.cli.compare import Comparison
 from fused_po.cli.inputs import SideInputs, check_trainable
 from fused_po.cli.report import plot
-from fused_po.ops.plain import plain_loss, plain_stats, rounding
+from fused_po.ops.plain import plain_loss, rounding
 from fused_po.trainers.loading import add_adapter, load_model, load_tokenizer, save_model
-from fused_po.trainers.model import hidden_and_head, token_stats_of
+from fused_po.trainers.model import take_apart
 from fused_po.trainers.preferences import AnswerBatch, Preferences, TokenPair, collate
 
 __all__ = ["train"]
@@ -67,32 +67,15 @@ class _Run:
         self.batch_size = min(arguments.batch_size, len(self.pairs))
         model = add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
         self.model = model.to(self.device)
-        self._check_head()
+        # a model that can't be taken apart is refused here
+        first = self._batch(self.pairs[:1])
+        with torch.no_grad():
+            take_apart(self.model, input_ids=first.input_ids[:, :32], attention_mask=first.attention_mask[:, :32])
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=arguments.lr, weight_decay=0.0)
         warmup = max(1, arguments.steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
         self.comparison: Comparison | None = None
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Refuse a model whose log-probs are not those of its last hidden states and its output layer."""
-        self.model.eval()
-        batch = self._batch(self.pairs[:1])
-        inputs = {"input_ids": batch.input_ids[:, :32], "attention_mask": batch.attention_mask[:, :32]}
-        labels = inputs["input_ids"][:, 1:]
-        fused = token_stats_of(self.model, inputs, labels).logp
-        # what the model returns has its own softcap and scale applied
-        plain = plain_stats(
-            self.model(**inputs, use_cache=False).logits[:, :-1].float(), labels, outputs=("logp",)
-        ).logp
-        assert fused is not None and plain is not None
-        apart = (fused - plain).abs().max().item()
-        self.model.train()
-        if not apart < 1e-2:
-            raise ValueError(
-                f"{self.arguments.model!r} is not a head on its last hidden states: log-probs differ by {apart:.2g}"
-            )
 
     def go(self) -> int:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -174,10 +157,9 @@ class _Run:
         return {name: float(value) for name, value in found.items()}
 
     def _loss_output(self, model: nn.Module, batch: AnswerBatch, inputs: dict[str, Any]) -> LossOutput:
-        backbone, head = hidden_and_head(model)
         half = self.arguments.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            hidden, head, _ = take_apart(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             return linear_loss(hidden[:, :-1], head.weight, batch.labels, self.loss, **head.options, **inputs)
 
     def _rewards(

@@ -19,7 +19,7 @@ __all__ = ["coefficients", "loss_value", "sided_coefficients", "silent_rows"]
 
 
 def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = None) -> tuple[Tensor, Coefficients]:
-    """A loss's value and (c, e, l) = dL/d(logp, entropy, lse), DESIGN: "a preference loss is a set of coefficients".
+    """A loss's value and its coefficients (c, e, l) = dL/d(logp, entropy, lse).
 
     Args:
         loss: any loss.

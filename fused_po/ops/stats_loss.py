@@ -35,14 +35,20 @@ def stats_loss(
     plan: Plan | None = None,
     **side_inputs: Number,
 ) -> LossOutput:
-    """A registered loss on top of ``token_stats`` or ``linear_token_stats``; gradients flow on into them.
+    """A loss by name on statistics from ``token_stats`` or ``linear_token_stats``; gradients flow on into them.
 
     Args:
-        stats: in the shape of labels, those that ``loss.statistics`` names; without one that only metrics read there
-            are no metrics.
+        stats: in the shape of labels: those that ``loss.statistics`` names. Where one is missing that only the metrics
+            read, ``.metrics`` is empty.
         labels: (B, S), or packed (N,) with ``cu_seqlens``; already shifted, -100 is ignored.
         loss: from ``fused_po.losses.create``.
-        cu_seqlens, num_items, num_sequences, num_chosen_items, split, plan, side_inputs: as in ``linear_loss``.
+        cu_seqlens: as in ``linear_loss``, and so are the others.
+        num_items: loss tokens to normalise by.
+        num_sequences: sequences to normalise by, twice the pairs.
+        num_chosen_items: loss tokens of chosen answers to normalise by.
+        split: scales positive and negative learning; the value stays that of the loss.
+        plan: from ``make_plan``.
+        side_inputs: what the loss reads besides, by name.
 
     Returns:
         LossOutput; ``.loss`` is differentiable in the statistics.

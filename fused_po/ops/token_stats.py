@@ -50,8 +50,8 @@ def token_stats(
         temperature: T > 0, a number, (B,) with (B, S) labels, or the shape of labels.
         softcap: caps logits; None does not.
         logit_scale: multiplies the logits.
-        inplace: True lets the backward overwrite the logits with their gradient, which saves (N, V); nothing else may
-            need them then.
+        inplace: True lets the backward overwrite the logits with their gradient, which saves a tensor of their size.
+            Nothing else may need the logits then.
         backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
 
     Returns:
