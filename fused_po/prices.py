@@ -24,8 +24,8 @@ class Device:
         single: of float32 products where it is not.
         double: of float64 products.
         bandwidth: bytes/s, read plus written.
-        memory: bytes that a process finds free on it, about.
         launch: seconds that a kernel takes to start.
+        memory: bytes that a process finds free on it, about.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Device:
     single: float
     double: float
     bandwidth: float
-    memory: int
     launch: float = 2.5e-6
+    memory: int = 0
 
     def rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
         """FLOP/s of products with operands of a dtype."""

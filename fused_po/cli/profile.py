@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_po.cli.arguments import memory_size, positive
+from fused_po.cli.progress import watched
 
 if TYPE_CHECKING:
     from fused_po.cli.profile_steps import Steps
@@ -54,8 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: arguments that do not fit together, or a device that is not there.
     """
     _check(arguments)
-    from fused_po.cli.progress import watched
-
     with watched("loading torch") as watch:
         on = _target(arguments)
         import torch

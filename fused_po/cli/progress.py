@@ -65,8 +65,9 @@ def watched(what: str, total: float | None = None) -> Iterator[Watch]:
 @contextmanager
 def _bar(what: str, total: float | None) -> Iterator[tuple[Any, Any]]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    columns += [TimeRemainingColumn()] if total else []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield progress, progress.add_task(what, total=total)
