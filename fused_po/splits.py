@@ -42,8 +42,10 @@ class Linear:
     """A schedule: from ``start`` at the beginning of training to ``end``, in a straight line.
 
     Args:
-        start, end: values.
-        begin, finish: where the line begins and ends, fractions of the training with 0 <= begin < finish <= 1.
+        start: the value at the beginning.
+        end: the value at the end.
+        begin: 0.0, the fraction of the training at which the line begins.
+        finish: 1.0, the one at which it ends; 0 <= begin < finish <= 1.
     """
 
     start: float
@@ -86,7 +88,8 @@ class Split:
         clip_max: bound of ``clip``.
         power: exponent of ``power``.
         tertile_gains: gains of the third with the largest weights, the middle and the smallest.
-        running_mean, running_tertiles: the mean weight, and the bounds of the middle third.
+        running_mean: the mean weight, for ``population="running"``.
+        running_tertiles: the bounds of the middle third by weight, likewise.
         progress: the fraction of the training that is done, in [0, 1]; a split with a schedule needs it, and ``at``
             sets it.
         allow_negative: False: a weight below 0 is an error, since it turns learning around.
@@ -316,8 +319,10 @@ def controlled_dpo(
     loss is DPO itself: a negative weight above the positive one takes a model apart (docs/study.md).
 
     Args:
-        positive, negative: weights at the beginning and at the end.
-        begin, finish: fractions of the training between which they move.
+        positive: weights of positive learning at the beginning and at the end.
+        negative: weights of negative learning, likewise.
+        begin: 0.0, the fraction of the training at which they begin to move.
+        finish: 1.0, the one at which they stop.
     """
     return Split(Linear(*positive, begin, finish), Linear(*negative, begin, finish))
 
@@ -333,9 +338,11 @@ def controlled_ppo(
     are not known; every constant here is ours and an argument.
 
     Args:
-        positive, negative: weights at the beginning and at the end; negative learning is what explores.
+        positive: weights of positive learning at the beginning and at the end.
+        negative: weights of negative learning, which is what explores, likewise.
         tertile_gains: gains of the top, middle and bottom third by |A|, in the batch.
-        begin, finish: fractions of the training between which they move.
+        begin: 0.0, the fraction of the training at which they begin to move.
+        finish: 1.0, the one at which they stop.
     """
     reweight = "identity" if set(tertile_gains) == {1.0} else "tertiles"
     sides = Linear(*positive, begin, finish), Linear(*negative, begin, finish)

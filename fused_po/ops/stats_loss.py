@@ -42,7 +42,13 @@ def stats_loss(
             read, ``.metrics`` is empty.
         labels: (B, S), or packed (N,) with ``cu_seqlens``; already shifted, -100 is ignored.
         loss: from ``fused_po.losses.create``.
-        cu_seqlens, num_items, num_sequences, num_chosen_items, split, plan, side_inputs: as in ``linear_loss``.
+        cu_seqlens: as in ``linear_loss``, and so are the others.
+        num_items: loss tokens to normalise by.
+        num_sequences: sequences to normalise by, twice the pairs.
+        num_chosen_items: loss tokens of chosen answers to normalise by.
+        split: scales positive and negative learning; the value stays that of the loss.
+        plan: from ``make_plan``.
+        side_inputs: what the loss reads besides, by name.
 
     Returns:
         LossOutput; ``.loss`` is differentiable in the statistics.
