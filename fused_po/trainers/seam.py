@@ -115,10 +115,17 @@ def deferred(
 def putting_off(options: Mapping[str, Any], count: Callable[[], None], calls: list[Call]) -> Callable[..., Any]:
     """What an output layer does instead of its product: see ``Replaced``."""
 
-    def instead(layer: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = Call(layer, options, count)
-        with _PutOff(call, calls):
-            return own(*args, **kwargs)
+    def instead(layer: Any, own: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        product = _PutOff(Call(layer, options, count), calls)
+        # also where DeepSpeed has its own function for the product
+        if getattr(own, "__func__", None) is nn.Linear.forward and product.fits(hidden, layer.weight):
+            return product.logits(hidden, layer.weight, layer.bias)
+        with product:
+            found = own(hidden, *args, **kwargs)
+        if not product.caught:
+            kind = type(layer).__name__
+            warnings.warn(f"full logits are made: {kind} multiplies by no weight of its own", stacklevel=3)
+        return found
 
     return instead
 
@@ -128,20 +135,42 @@ class _PutOff(TorchFunctionMode):
 
     def __init__(self, call: Call, calls: list[Call]) -> None:
         super().__init__()
-        self.call, self.calls = call, calls
+        self.call, self.calls, self.caught = call, calls, False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is functional.linear and not kwargs and args[1] is self.call.layer.weight:
-            hidden, weight = args[:2]
-            if weight.ndim == 2 and not isinstance(hidden, DTensor) and not isinstance(weight, DTensor):
-                return self.logits(*args)
+        if function is functional.linear and not kwargs and self.fits(*args[:2]):
+            return self.logits(*args)
         return function(*args, **(kwargs or {}))
 
+    def fits(self, hidden: Tensor, weight: Tensor) -> bool:
+        whole = weight.ndim == 2 and not isinstance(hidden, DTensor) and not isinstance(weight, DTensor)
+        return whole and weight is self.call.layer.weight
+
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> DeferredLogits:
+        layer: Any = self.call.layer
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        # views: DDP looks for the graph behind an output, and ZeRO-3 empties the parameter itself
-        head = Head(weight.view_as(weight), None if bias is None else bias.view_as(bias))
+        if hasattr(layer, "pre_bwd_fn") and hidden.requires_grad:
+            # ZeRO-3 finds no tensor in what the layer returns, and waits for the backward of one
+            hidden = layer.pre_bwd_fn.apply(hidden)
+        head = Head(_AtHand.apply(weight), None if bias is None else _AtHand.apply(bias))
         call = replace(self.call, autocast=autocast)
         self.calls.append(call)
+        self.caught = True
         return DeferredLogits(hidden, head, call, dtype=autocast or hidden.dtype)
+
+
+class _AtHand(torch.autograd.Function):
+    """A parameter as it is now: DDP looks for the graph behind an output, and ZeRO-3 empties the parameter itself."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # ZeRO-3 takes the gradient of a whole parameter, and shards it again behind the layer
+        if hasattr(ctx.parameter, "ds_id"):
+            ctx.parameter.all_gather([ctx.parameter])
+        return gradient
