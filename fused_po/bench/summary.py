@@ -15,7 +15,7 @@ BEFORE = {
 
 
 OVER = (
-    "OVER THE BOUND: a result is off from float64 by more than twice what the formulas of the softmax are in that dtype.\n"
+    "OVER THE BOUND: a result is off from float64 by more than twice what the softmax formulas are in that dtype.\n"
     "That method loses digits there; its time stands. A result of this project over the bound would not be reported."
 )
 
