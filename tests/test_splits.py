@@ -374,3 +374,11 @@ def test_bad_split_gradients():
     with torch.no_grad():
         found = linear_loss(*problem.arguments(), problem.loss, **arguments, split_gradients=True)
     assert not found.split_gradients.hidden and not found.split_gradients.weight
+    with pytest.raises(KeyError, match="no part 'positive': there is none"):
+        found.split_gradients.weight["positive"]
+    found = linear_loss(*problem.arguments(), problem.loss, **arguments, split_gradients=True).split_gradients
+    for kind in ("hidden", "weight", "bias"):
+        with pytest.raises(KeyError, match="no part 'pos': there is negative, positive, rest"):
+            getattr(found, kind)["pos"]
+    with pytest.raises(KeyError, match="no part 'positiv' .did you mean positive..: there is"):
+        found.cosine("positiv")
