@@ -11,7 +11,7 @@ from fused_po import Split, linear_loss, linear_token_stats, losses, splits, sta
 from fused_po.ops.coefficients import coefficients, sided_coefficients
 from fused_po.splits import Linear, tertiles
 from tests.losses.cases import CASES, create, make_batch
-from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error
+from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error, words
 
 LENGTHS = [5, 1, 3, 2, 4, 6]
 ROW = 8 * V + 32 * H
@@ -257,7 +257,7 @@ def test_stats_loss_equals_autograd_and_says_what_is_missing():
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, frozenset({"weight"})], ids=str)
+@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, frozenset({"weight"})], ids=words)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, 1 << 24])
 @pytest.mark.parametrize("case", ["sigmoid", "kto", "dapo-all", "grpo-sequence", "orpo", "entropy-pairs"])
 def test_gradients_of_the_parts_sum_to_the_whole_at_no_further_flop(case, scratch, frozen):
