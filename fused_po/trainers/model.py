@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fused_po.stats import Stats
 from fused_po.trainers.deferred import DeferredLogits, stats_of
-from fused_po.trainers.head import Head
+from fused_po.trainers.head import ModelHead
 from fused_po.trainers.seam import calls_of, deferred, output_layer, standing_in
 
 __all__ = ["Found", "hidden_and_head", "run_apart", "take_apart", "token_stats_of"]
@@ -34,7 +34,7 @@ _UNKNOWN = "is known once it has run: call the backbone first"
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
-def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tuple[Tensor, Head, Any]:
+def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tuple[Tensor, ModelHead, Any]:
     """Run a causal language model up to its logits, which are not made.
 
     ::
@@ -127,10 +127,10 @@ class _Known:
             raise AttributeError(f"{name} of a model's head {_UNKNOWN}")
         return getattr(self._run(), name)
 
-    def _run(self) -> Head:
+    def _run(self) -> ModelHead:
         if self.shown is None:
             raise ValueError(f"what a model does to its logits {_UNKNOWN}")
-        return Head(self.weight, self.bias, **self.shown)
+        return ModelHead(self.weight, self.bias, **self.shown)
 
 
 def token_stats_of(
