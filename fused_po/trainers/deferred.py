@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from numbers import Real
 from operator import methodcaller
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 from fused_po.ops import linear_token_stats, token_stats
 from fused_po.ops.checks import IGNORE
 from fused_po.stats import Stats
-from fused_po.trainers.head import Head
+from fused_po.trainers.head import ModelHead
 from fused_po.trainers.unmade import Unmade
 
 __all__ = ["DeferredLogits", "stats_of"]
@@ -104,7 +105,7 @@ class DeferredLogits(Unmade):
             return NotImplemented
         found = self.rows(lambda tensor: tensor[items], lambda logits: logits[index])
         if stop != self.head.classes:
-            found.head, found.known = found.head.cut(stop), {}
+            found.head, found.known = replace(found.head, vocab_size=stop), {}
         return found
 
     @followed
@@ -186,7 +187,8 @@ class DeferredLogits(Unmade):
 
     @followed
     def tanh(self) -> Any:
-        return self.copied(head=self.head.capped(), known={}) if self.head.softcap is None else NotImplemented
+        head = replace(self.head, softcap=1.0)
+        return self.copied(head=head, known={}) if self.head.softcap is None else NotImplemented
 
     def statistics(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Log-prob of the labels, entropy and mean logit of each row, in the shape of labels, differentiable."""
@@ -244,7 +246,7 @@ class DeferredLogits(Unmade):
             found = self.head.logit_scale * (found if self.head.bias is None else found + mean(self.head.bias))
         return _Logged.apply(found, self.hidden) if self.requires_grad and torch.is_grad_enabled() else found
 
-    def _by_rows(self, function: Callable[[Tensor, Head], Tensor]) -> Tensor:
+    def _by_rows(self, function: Callable[[Tensor, ModelHead], Tensor]) -> Tensor:
         step, head = max(1, ROW_ELEMENTS // self.shape[-1]), self.whole()
         with torch.no_grad():
             rows = self.hidden.reshape(-1, self.hidden.shape[-1])

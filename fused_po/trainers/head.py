@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
-__all__ = ["Call", "Head"]
+__all__ = ["Call", "ModelHead"]
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class ModelHead:
     """``z = softcap tanh(logit_scale (h W^T + b) / softcap)``, in the terms of ``linear_loss``.
 
     Attributes:
@@ -51,23 +51,15 @@ class Head:
         raw = raw if self.logit_scale == 1.0 else raw * self.logit_scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
-    def multiplied(self, factor: float) -> Head:
+    def multiplied(self, factor: float) -> ModelHead:
         """That of logits times a number."""
         cap = None if self.softcap is None else self.softcap * abs(factor)
         return replace(self, logit_scale=self.logit_scale * factor, softcap=cap)
 
-    def capped(self) -> Head:
-        """That of ``tanh`` of logits without a cap."""
-        return replace(self, softcap=1.0)
-
-    def cut(self, classes: int) -> Head:
-        """That of the first classes."""
-        return replace(self, vocab_size=classes)
-
-    def with_tensors(self, weight: Tensor, bias: Tensor | None) -> Head:
+    def with_tensors(self, weight: Tensor, bias: Tensor | None) -> ModelHead:
         return replace(self, weight=weight, bias=bias)
 
-    def whole(self, layer: nn.Module) -> Head:
+    def whole(self, layer: nn.Module) -> ModelHead:
         """Gathered, once for forward and backward, where FSDP2 has sharded it again since the model ran.
 
         Gradients are averaged over the ranks and go to the shards, as FSDP2's do.

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fused_po.stats import Stats
 from fused_po.trainers.deferred import DeferredLogits, stats_of
-from fused_po.trainers.head import Head
+from fused_po.trainers.head import ModelHead
 from fused_po.trainers.seam import calls_of, deferred, output_layer, standing_in
 
 __all__ = ["Found", "hidden_and_head", "run_apart", "take_apart", "token_stats_of"]
@@ -34,7 +34,7 @@ _UNKNOWN = "is known once it has run: call the backbone first"
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
-def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tuple[Tensor, Head, Any]:
+def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tuple[Tensor, ModelHead, Any]:
     """Run a causal language model up to its logits, which are not made.
 
     ::
@@ -127,10 +127,10 @@ class _Known:
             raise AttributeError(f"{name} of a model's head {_UNKNOWN}")
         return getattr(self._run(), name)
 
-    def _run(self) -> Head:
+    def _run(self) -> ModelHead:
         if self.shown is None:
             raise ValueError(f"what a model does to its logits {_UNKNOWN}")
-        return Head(self.weight, self.bias, **self.shown)
+        return ModelHead(self.weight, self.bias, **self.shown)
 
 
 def token_stats_of(
@@ -223,13 +223,12 @@ def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, 
     return {"use_cache": False, **inputs} if "use_cache" in known else inputs
 
 
-def _logits_of(outputs: Any) -> Any:
-    """What a model returned as logits, deferred or not; None: nothing."""
-    named = getattr(outputs, "logits", None)
-    if isinstance(named, (DeferredLogits, Tensor)):
-        return named
-    leaves = pytree.tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, DeferredLogits))
-    return next((leaf for leaf in leaves if isinstance(leaf, DeferredLogits)), None)
+def _logits_of(outputs: Any, shape: torch.Size | None = None) -> Any:
+    """What a model returned as logits, by name, or deferred or of a shape; None: nothing."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    leaves = [named, *pytree.tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, DeferredLogits))]
+    found = (leaf for leaf in leaves if isinstance(leaf, DeferredLogits) or getattr(leaf, "shape", ()) == shape)
+    return named if isinstance(named, Tensor) else next(found, None)
 
 
 def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> bool:
@@ -252,8 +251,8 @@ def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[
     if not isinstance(logits, DeferredLogits) or logits.now is not None:
         return True
     with _looking(model), standing_in(layer, some):
-        own = _logits_of(run())
         ours = logits[..., :ROWS, :].made()
+        own = _logits_of(run(), ours.shape)
     # a row that is not a number in both tells nothing
     rows = ours.isfinite().all(-1) | own.isfinite().all(-1)
     ours, own = ours[rows], own[rows]

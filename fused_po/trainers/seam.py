@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fused_po.trainers.deferred import DeferredLogits
-from fused_po.trainers.head import Call, Head
+from fused_po.trainers.head import Call, ModelHead
 
 __all__ = ["Calls", "calls_of", "deferred", "output_layer", "putting_off", "standing_in"]
 
@@ -215,7 +215,7 @@ class _PutOff(TorchFunctionMode):
         if hasattr(layer, "pre_bwd_fn") and hidden.requires_grad:
             # ZeRO-3 finds no tensor in what the layer returns, and waits for the backward of one
             hidden = layer.pre_bwd_fn.apply(hidden)
-        head = Head(_AtHand.apply(weight), None if bias is None else _AtHand.apply(bias))
+        head = ModelHead(_AtHand.apply(weight), None if bias is None else _AtHand.apply(bias))
         call = replace(self.call, autocast=autocast)
         self.calls.append(call)
         self.caught = True

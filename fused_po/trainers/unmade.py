@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fused_po.trainers.head import Call, Head
+from fused_po.trainers.head import Call, ModelHead
 
 __all__ = ["Unmade", "made"]
 
@@ -56,7 +56,7 @@ class Unmade:
     """
 
     hidden: Tensor
-    head: Head
+    head: ModelHead
     call: Call
     dtype: torch.dtype
     normal: bool = False
@@ -90,7 +90,7 @@ class Unmade:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def whole(self) -> Head:
+    def whole(self) -> ModelHead:
         return self.head.whole(self.call.layer)
 
     def made(self) -> Tensor:
@@ -98,7 +98,7 @@ class Unmade:
         now = self.now
         return self.logits_of(self.hidden, self.whole()) if now is None else now
 
-    def logits_of(self, hidden: Tensor, head: Head) -> Tensor:
+    def logits_of(self, hidden: Tensor, head: ModelHead) -> Tensor:
         with self.call.precision(self.device):
             found = head.logits(hidden).to(self.dtype)
         return found.log_softmax(-1) if self.normal else found

@@ -1,14 +1,19 @@
-"""The forward for verl inside DDP and FSDP2: hooks fire, and the mean over ranks is the loss of the whole batch."""
+"""The forward for verl inside DDP, FSDP and FSDP2: hooks fire, and the mean over ranks is that of the whole batch."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.verl import forward_with_fused_po, policy_loss
 from tests.test_distributed import RANKS, on_ranks
 
@@ -65,6 +70,40 @@ def check(rank, wrapper, tied):
         assert want.grad.abs().max() > 0
         # the norms of the model compute in float32
         assert (gradient - want.grad).norm() <= 1e-6 * want.grad.norm(), (wrapper, tied)
+
+
+def on_rank_of_fsdp(rank):
+    """FSDP's first version, as verl wraps a model: its layers, and what is left around them."""
+    warnings.filterwarnings("error", message=".*logits")
+    ids, mask, old, advantage = batch()
+    for tied in (False, True):
+        whole, fn = make(LlamaForCausalLM, tied), policy_loss("vanilla")
+        logp = whole(ids).logits.log_softmax(-1).gather(-1, ids.roll(-1, -1)[..., None])[..., 0]
+        fn(old, logp, advantage, mask)[0].backward()
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        model = FullyShardedDataParallel(make(Actor, tied), auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        products = []
+        model.lm_head.register_forward_hook(lambda _, __, found, seen=products: seen.append(found))
+        mine = slice(rank, rank + 1)
+        out = model(input_ids=ids[mine], return_dict=True)
+        torch.testing.assert_close(out.log_probs, logp[mine])
+        settings = {"global_batch_info": {"dp_size": RANKS, "batch_num_tokens": int(mask.sum())}}
+        fn(old[mine], out.log_probs, advantage[mine], mask[mine], "token-mean", settings)[0].backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        # but for some rows of the check
+        assert [type(found) for found in products] == [DeferredLogits, torch.Tensor, DeferredLogits]
+        start = make(LlamaForCausalLM, tied)
+        with FullyShardedDataParallel.summon_full_params(model):
+            for found, before, want in zip(
+                model.module.parameters(), start.parameters(), whole.parameters(), strict=True
+            ):
+                assert want.grad.abs().max() > 0
+                # the norms of the model compute in float32
+                assert (before - found - want.grad).norm() <= 1e-6 * want.grad.norm(), tied
+
+
+def test_the_first_version_of_fsdp(tmp_path):
+    on_ranks(on_rank_of_fsdp, tmp_path)
 
 
 def test_gradients_are_those_of_the_whole_batch(tmp_path):
