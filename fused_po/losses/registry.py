@@ -7,7 +7,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import TypeVar
 
-from fused_po.losses.contract import Loss, listed, meant
+from fused_po.losses.contract import Loss, check_declared, listed, meant
 from fused_po.losses.mixture import Mixture
 
 __all__ = ["create", "names", "register"]
@@ -29,12 +29,17 @@ LossClass = TypeVar("LossClass", bound=type[Loss])
 
 
 def register(name: str) -> Callable[[LossClass], LossClass]:
-    """Class decorator: make a loss available as ``create(name)``."""
+    """Class decorator: make a loss available as ``create(name)``.
+
+    Raises:
+        ValueError: a name that is taken, or a class that declares an unknown horizon, statistic or side input.
+    """
 
     def add(cls: LossClass) -> LossClass:
         if name in _registry:
             raise ValueError(f"loss {name!r} is registered already")
         cls.name = name
+        check_declared(cls)
         _registry[name] = cls
         return cls
 
