@@ -157,8 +157,11 @@ class Loss(ABC):
             ValueError: a name that no loss knows, one that this loss does not read, or a missing one; or what
                 ``check_declared`` raises.
         """
-        check_declared(self)
-        reads = self.needs & SIDE_INPUTS
+        needs = self.needs
+        # in few steps where all is well
+        if not isinstance(needs, (frozenset, set)) or needs - _NAMES or self.horizon not in HORIZONS:
+            check_declared(self)
+        reads = needs & SIDE_INPUTS
         unknown = given - SIDE_INPUTS
         if unknown:
             raise ValueError(
@@ -180,9 +183,6 @@ def check_declared(loss: Loss | type[Loss]) -> None:
         ValueError: an unknown horizon, statistic or side input, something else than a set of names, or a derivative in
             a statistic that the loss does not read.
     """
-    # a trace would only cost time
-    if torch.compiler.is_compiling():
-        return
     who = f"loss {loss.name!r}"
     declared: dict[str, Any] = {name: getattr(loss, name) for name in ("horizon", "needs", "reports", "differentiates")}
     if isinstance(loss, type):
@@ -202,21 +202,16 @@ def check_declared(loss: Loss | type[Loss]) -> None:
                 f"{what} of {who} names unknown {listed(unknown)}{meant(unknown, known)}: wanted some of "
                 f"{listed(known)}"
             )
-    if "needs" in declared:
-        unread = frozenset(declared.get("differentiates", ())) - declared["needs"]
-    else:
-        unread = frozenset()
+    differentiates = declared.get("differentiates", ())
+    unread = [name for name in differentiates if "needs" in declared and name not in declared["needs"]]
     if unread:
         raise ValueError(f"{who} differentiates {listed(unread)}, so add {listed(unread)} to needs")
 
 
+_NAMES = frozenset(STATISTICS) | SIDE_INPUTS
 # of each declaration: its types, these in words, and the names that it may hold
-_DECLARED: dict[str, tuple[tuple[type, ...], str, frozenset[str]]] = {
-    "needs": (
-        (frozenset, set),
-        "a set of names, as frozenset({'logp', 'ref_logp'})",
-        frozenset(STATISTICS) | SIDE_INPUTS,
-    ),
+_DECLARED: dict[str, tuple[Any, str, frozenset[str]]] = {
+    "needs": ((frozenset, set), "a set of names, as frozenset({'logp', 'ref_logp'})", _NAMES),
     "reports": ((tuple, list), "a tuple of names, as ('entropy',)", frozenset(STATISTICS)),
     "differentiates": ((tuple, list), "a tuple of names, as ('logp',)", frozenset(DIFFERENTIABLE)),
 }

@@ -71,7 +71,10 @@ def create(
             raise ValueError("loss_weights weights a list of losses: got one name")
         _refuse_unknown(f"loss {name!r}", _known(name), hyperparameters)
         _check_types(_registry[name], hyperparameters)
-        return _registry[name](**hyperparameters)
+        made = _registry[name](**hyperparameters)
+        # what a property says is known now
+        check_declared(made)
+        return made
     if not isinstance(name, Sequence) or not name:
         raise ValueError(f"a loss is a name, or a list of names that is not empty: got {name!r}")
     chosen = list(name)
@@ -85,6 +88,8 @@ def create(
         _registry[one](**{key: value for key, value in options.items() if key in known[one]})
         for one, options in zip(chosen, given, strict=True)
     ]
+    for part in parts:
+        check_declared(part)
     return Mixture(tuple(parts), tuple([1.0] * len(parts) if loss_weights is None else loss_weights))
 
 

@@ -69,7 +69,7 @@ def pattern_of(loss: Loss, batch: Batch) -> Tensor | None:
     return found if batch.mask is None else torch.where(batch.mask, found, torch.zeros_like(found))
 
 
-def check_pattern(loss: Loss, c: Tensor, stats: Stats, batch: Batch) -> None:
+def check_pattern(loss: Loss, c: Tensor, stats: Stats, batch: Batch, *, wait: bool = False) -> None:
     """Whether the coefficients of each horizon are one number times the pattern.
 
     A pattern is used where a horizon is larger than the memory budget, which the first runs of a loss hardly meet. So
@@ -80,13 +80,14 @@ def check_pattern(loss: Loss, c: Tensor, stats: Stats, batch: Batch) -> None:
         c: (N,) float64, dL/dlogp.
         stats: packed statistics (N,).
         batch: the same tokens, whole horizons.
+        wait: look in every call, and on a GPU too.
 
     Raises:
         ValueError: they are not.
     """
     if type(loss).pattern is Loss.pattern or loss.horizon == "token":
         return
-    if not looks_at(c) or _known("pattern", loss, batch):
+    if not wait and (not looks_at(c) or _known("pattern", loss, batch)):
         return
     pattern = pattern_of(loss, batch)
     if pattern is None:
