@@ -298,7 +298,7 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     assert "on paper, h100" in out and "stats-small" in out and "not run" in out and "ops/head.py" in out
     found = json.loads(file.read_text())
     assert list(found["cases"]) == ["dapo-small", "dpo-small", "stats-small"]
-    assert main(["bench", "--paper", "b200", *options, "--json"]) == 0
+    assert main(["bench", "--gpu", "b200", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["on_paper"] == "b200"
     assert main(["bench", "--paper", "v100"]) == 2
     assert "wanted a100, h100, h200, b200" in capsys.readouterr().err
