@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 import pytest
 
+from fused_po.trainers.batches import collate
 from fused_po.trainers.data import PreferenceError, Preferences, load_preferences, texts
 from fused_po.trainers.loading import load_tokenizer
-from fused_po.trainers.preferences import collate
 
 ROW = {"prompt": "Say hello.", "chosen": "Hello there!", "rejected": "No."}
 USER, YES, NO = (

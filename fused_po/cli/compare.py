@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_po import LossOutput
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.ops.plain import plain_loss, rounding
+from fused_po.trainers.averages import weighed_metrics
 from fused_po.trainers.preferences import PreferenceTrainer
 
 __all__ = ["ComparedTrainer", "Comparison"]
@@ -60,7 +61,7 @@ class ComparedTrainer(PreferenceTrainer):
         loss = self.comparison.step(
             model, self.state.global_step + 1, lambda: rounding(outputs[0].stats, batch["targets"], self.loss, **side)
         )
-        self._train.add(self.metrics(batch, outputs[0]))
+        self._train.add(weighed_metrics(batch, outputs[0], self._paired))
         return loss
 
     def report(self, output: Path, console: Any) -> int:
@@ -186,7 +187,7 @@ class Comparison:
         slack: tuple[float, float],
     ) -> bool:
         model.zero_grad()
-        referee = copy.deepcopy(model).double()
+        referee: Any = copy.deepcopy(model).double()
         if hasattr(referee, "set_experts_implementation"):
             # the grouped products of a mixture of experts know no float64
             referee.set_experts_implementation("eager")

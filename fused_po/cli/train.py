@@ -198,7 +198,7 @@ def _train(arguments: argparse.Namespace) -> int:
         report.console.print("the tokenizer has no end token: answers end where their text does")
     if args.should_save and checkpoint is None:
         (output / "settings.json").write_text(json.dumps(_settings(arguments), indent=2) + "\n", encoding="utf-8")
-    elif args.should_save:
+    elif args.should_save and checkpoint is not None:
         step = int(checkpoint.rpartition("-")[2])
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -237,7 +237,8 @@ def _engine(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--device {device}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
     by_epochs = any(one.replace("_", "-").startswith("--num-train-epochs") for one in arguments.rest)
     steps = arguments.steps or (-1 if by_epochs else 60)
-    parser = HfArgumentParser(TrainingArguments, prog="fused-po train", usage="see --help", allow_abbrev=False)
+    kind_of: Any = TrainingArguments
+    parser = HfArgumentParser(kind_of, prog="fused-po train", usage="see --help", allow_abbrev=False)
     parser.set_defaults(
         output_dir=str(arguments.output),
         max_steps=steps,

@@ -23,6 +23,19 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
+from fused_po.trainers.rows import (
+    KEYS,
+    PreferenceError,
+    common,
+    converted_row,
+    documents_to_rows,
+    layout_of,
+    plain_messages,
+    prompt_and_answers,
+    row_of,
+    shortened,
+)
+
 __all__ = ["PreferenceError", "Preferences", "load_preferences", "texts"]
 
 _LISTS = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
@@ -30,13 +43,6 @@ _NUMBERS = datasets.Sequence(datasets.Value("int32"))
 _FEATURES = datasets.Features(
     {"ids": _LISTS, "starts": _NUMBERS, "signs": _NUMBERS, "tokens": _NUMBERS, "notes": datasets.Value("string")}
 )
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-_LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_KEYS = ("prompt", "chosen", "rejected", "completion")
-
-
-class PreferenceError(ValueError):
-    """Preferences that can't be used; the message names the file and the row, from 1, blank lines counted."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,14 @@ def load_preferences(
         PreferenceError: what can't be read or used.
     """
     raw = _read(source, rows)
-    first = next((row for n, one in enumerate(raw, 1) if (row := _row(one, f"{source}: row {n}")) is not None), None)
+    first = next((row for n, one in enumerate(raw, 1) if (row := row_of(one, f"{source}: row {n}")) is not None), None)
     if first is None:
         raise PreferenceError(f"{source}: holds no pair")
-    layout = _layout(first)
-    converted = _converted(first, layout, bool(tokenizer.chat_template), f"{source}: the first row")
+    layout = layout_of(first)
+    converted = converted_row(first, layout, bool(tokenizer.chat_template), f"{source}: the first row")
     if "completion" in converted and not single:
         raise PreferenceError(f"{source}: holds single answers (completion, label), the loss takes pairs")
-    chat = any(isinstance(converted.get(key), list) for key in _KEYS)
+    chat = any(isinstance(converted.get(key), list) for key in KEYS)
     encoder = _Encoder(tokenizer, source, layout, chat, single, max_length, on_too_long == "refuse", vocabulary)
     encoded = raw.map(
         encoder,
@@ -118,12 +124,14 @@ def texts(source: str, rows: int | None = None) -> Iterator[str]:
     layout = None
     for number, record in enumerate(_read(source, rows), 1):
         where = f"{source}: row {number}"
-        if row := _row(record, where):
-            layout = _layout(row) if layout is None else layout
-            row = _converted(row, layout, True, where)
-            answers, _ = _answers(row, isinstance(row.get("chosen", row.get("completion")), list), where)
+        if row := row_of(record, where):
+            layout = layout_of(row) if layout is None else layout
+            row = converted_row(row, layout, True, where)
+            answers, _ = prompt_and_answers(row, isinstance(row.get("chosen", row.get("completion")), list), where)
             for value in (row["prompt"], *answers):
-                yield from (value,) if isinstance(value, str) else (m["content"] or "" for m in _plain(value, where))
+                yield from (
+                    (value,) if isinstance(value, str) else (m["content"] or "" for m in plain_messages(value, where))
+                )
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ class _Encoder:
         places, written = [], []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             where = f"{self.source}: row {index + 1}"
-            row = _row(dict(zip(columns, values, strict=True)), where)
+            row = row_of(dict(zip(columns, values, strict=True)), where)
             if row is not None:
                 places.append(where)
                 written.append(self._texts(row, where))
@@ -172,8 +180,8 @@ class _Encoder:
 
     def _texts(self, row: dict[str, Any], where: str) -> tuple[list[str], list[int], list[str]]:
         """The prompt and the prompt with each answer as strings, the sides of the answers, and what is odd."""
-        row = _converted(row, self.layout, bool(self.tokenizer.chat_template), where)
-        answers, signs = _answers(row, self.chat, where)
+        row = converted_row(row, self.layout, bool(self.tokenizer.chat_template), where)
+        answers, signs = prompt_and_answers(row, self.chat, where)
         prompt, odd = row["prompt"], []
         odd += ["identical answers"] if len(answers) == 2 and answers[0] == answers[1] else []
         odd += ["empty answers"] * sum(answer in ("", []) for answer in answers)
@@ -183,7 +191,7 @@ class _Encoder:
                 options = {"tools": tools, "tokenize": False, **(row.get("chat_template_kwargs") or {})}
                 render, head, *tail = (
                     self.tokenizer.apply_chat_template,
-                    *(_plain(one, where) for one in (prompt, *answers)),
+                    *(plain_messages(one, where) for one in (prompt, *answers)),
                 )
                 found = [render(head, add_generation_prompt=True, **options)]
                 found += [render(head + one, **options) for one in tail]
@@ -197,7 +205,7 @@ class _Encoder:
             raise PreferenceError(f"{where}: holds half of a surrogate pair, which is no text") from None
         except Exception as error:
             # a template may raise anything
-            raise PreferenceError(f"{where}: the chat template refuses it ({_shortened(error)})") from None
+            raise PreferenceError(f"{where}: the chat template refuses it ({shortened(error)})") from None
         return found, signs, odd
 
     @cached_property
@@ -218,7 +226,7 @@ class _Encoder:
             # the prompt's own end would pass for the first token of an empty answer
             prompt = prompt[:-1]
             answers = [ids[:-1] if ids[-2:] == [end, end] else ids for ids in answers]
-        starts = [_common(prompt, ids) for ids in answers]
+        starts = [common(prompt, ids) for ids in answers]
         starts = starts if self.single else [min(starts)] * len(starts)
         longest = max(map(len, answers))
         if self.refuse and longest > self.max_length:
@@ -255,7 +263,7 @@ def _read(source: str, rows: int | None) -> Any:
             options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
             options["sample_by"] = "document" if kind == ".json" else "line"
             found = datasets.load_dataset("text", split=split, **options)
-            found = found.map(_documents, batched=True, batch_size=1) if kind == ".json" else found
+            found = found.map(documents_to_rows, batched=True, batch_size=1) if kind == ".json" else found
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
@@ -267,154 +275,8 @@ def _read(source: str, rows: int | None) -> Any:
         return found if rows is None else datasets.Dataset.from_list(list(found.take(rows)))
     except Exception as error:
         # what datasets and its readers raise has no common base
-        raise PreferenceError(f"{source}: can't be read ({_shortened(error.__cause__ or error)})") from None
-
-
-def _documents(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Whole JSON files to one string a row: a list of rows, an object that holds one, or lines after all."""
-    found: list[str] = []
-    for document in batch["text"]:
-        try:
-            value = json.loads(document)
-        except (ValueError, RecursionError):
-            found += document.split("\n")
-            continue
-        if isinstance(value, dict):
-            lists = [one for one in value.values() if isinstance(one, list)]
-            is_row = {*_KEYS, "conversations", "instruction"} & set(value)
-            value = lists[0] if len(lists) == 1 and not is_row else [value]
-        found += map(json.dumps, value) if isinstance(value, list) else [document]
-    return {"text": found}
-
-
-def _row(record: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """A row by its columns, None for a blank line."""
-    if set(record) != {"text"}:
-        return record
-    if not record["text"].strip():
-        return None
-    try:
-        row = json.loads(record["text"])
-    except RecursionError:
-        raise PreferenceError(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise PreferenceError(f"{where}: not JSON ({_shortened(error)})") from None
-    if not isinstance(row, dict):
-        raise PreferenceError(f"{where}: an object is wanted, got {type(row).__name__}")
-    return row
-
-
-def _layout(row: Mapping[str, Any]) -> str:
-    if "conversations" in row:
-        return "ShareGPT"
-    if "instruction" in row and "prompt" not in row:
-        return "Alpaca"
-    whole = isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
-    return "UltraFeedback" if whole else ""
-
-
-def _converted(row: dict[str, Any], layout: str, template: bool, where: str) -> dict[str, Any]:
-    """A row with TRL's columns.
-
-    ShareGPT (``conversations``, messages of ``from`` and ``value``), Alpaca (``instruction``, ``input``; as messages
-    where there is a chat template) and UltraFeedback (a prompt as text beside whole conversations).
-    """
-    try:
-        if layout == "ShareGPT":
-            turns = [_turn(one) for one in row["conversations"]]
-            turns[:0] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            if "chosen" in row:
-                return {**row, "prompt": turns, **{side: [_turn(row[side])] for side in ("chosen", "rejected")}}
-            return {
-                **row,
-                "prompt": turns[:-1],
-                "completion": turns[-1:],
-                "label": row.get("label", row.get("kto_tag")),
-            }
-        if layout == "Alpaca":
-            prompt = "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
-            given = {side: row[side] for side in ("chosen", "rejected") if side in row}
-            given = given or {"completion": row["output"]}
-            said: Any = {side: [{"role": "assistant", "content": text}] for side, text in given.items()}
-            system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            asked: Any = [*system, {"role": "user", "content": prompt}]
-            found = {**row, "prompt": asked, **said} if template else {**row, "prompt": prompt + "\n", **given}
-            return found if "chosen" in found else {**found, "label": row.get("label", row.get("kto_tag"))}
-        if layout == "UltraFeedback":
-            prompt, first = row["prompt"], row["chosen"][0]
-            if first.get("role") == "assistant":
-                return {**row, "prompt": [{"role": "user", "content": prompt}]}
-            return {key: value for key, value in row.items() if key != "prompt"}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PreferenceError(
-            f"{where}: not as the {layout} rows of this file ({type(error).__name__}: {error})"
-        ) from None
-    return row
-
-
-def _turn(one: Mapping[str, str]) -> dict[str, str]:
-    return {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]} if "from" in one else dict(one)
-
-
-def _answers(row: dict[str, Any], chat: bool, where: str) -> tuple[list[Any], list[int]]:
-    """The answers of a row and their sides; where there is no prompt, what the answers begin with alike becomes it."""
-    names = [name for name in ("chosen", "rejected") if name in row] or ["completion"]
-    missing = [name for name in (*names, "rejected" if "chosen" in row else names[0]) if row.get(name) is None]
-    if missing or (names == ["completion"] and row.get("prompt") is None):
-        wanted = "prompt, chosen, rejected or prompt, completion, label"
-        raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}")
-    for name in ("prompt", *names):
-        value = row.get(name)
-        if value is None and name == "prompt":
-            continue
-        right = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        if not (right if chat else isinstance(value, str)):
-            kind = "chat messages" if chat else "a string"
-            raise PreferenceError(
-                f"{where}: {name} must be {kind}, as the first row has it: got {_shortened(repr(value), 60)}"
-            )
-    answers = [row[name] for name in names]
-    if row.get("prompt") is None:
-        first, second = answers
-        # of two that are alike, and where one begins with the other, the last piece is the answer
-        shorter, place = min(len(first), len(second)), _common(first, second)
-        place = place - (place > 0 and first[place - 1] == " ") if place < shorter else shorter - 1
-        if place <= 0:
-            raise PreferenceError(f"{where}: no prompt, and chosen and rejected begin with nothing in common")
-        row["prompt"], answers = first[:place], [first[place:], second[place:]]
-    if row["prompt"] == []:
-        raise PreferenceError(f"{where}: prompt is an empty list")
-    if names != ["completion"]:
-        return answers, [1, -1]
-    label = _LABELS.get(str(row.get("label")).strip().lower())
-    if label is None:
-        raise PreferenceError(f"{where}: label must be true or false: got {_shortened(repr(row.get('label')), 60)}")
-    return answers, [1 if label else -1]
-
-
-def _plain(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Messages whose contents are strings, without the empty fields that a table adds."""
-    found = []
-    for message in messages:
-        one = {key: value for key, value in message.items() if value is not None or key == "content"}
-        if isinstance(content := one.get("content"), list):
-            parts = [part if isinstance(part, str) else part.get("text") for part in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise PreferenceError(f"{where}: a message holds something else than text")
-            one["content"] = "".join(parts)
-        found.append(one)
-    return found
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many elements two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        raise PreferenceError(f"{source}: can't be read ({shortened(error.__cause__ or error)})") from None
 
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-
-
-def _shortened(error: object, width: int = 200) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= width else lines[0][:width] + "..."

@@ -6,11 +6,9 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -23,69 +21,16 @@ from fused_po import LossOutput, Split, linear_loss, linear_token_stats
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.ops.checks import IGNORE
+from fused_po.trainers.averages import Averages, weighed_metrics
+from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.model import HeadParameters, hidden_and_head
 
-__all__ = ["AnswerBatch", "PreferenceTrainer", "check_trainable", "collate", "learns_single", "pad_answers"]
+__all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
 
 # what answers with signs and a reference make
 _KNOWN = frozenset({"ref_logp", "old_logp", "advantage", "desirable", "kl"})
 _OF_REFERENCE = frozenset({"ref_logp", "old_logp", "kl"})
-_PER_TOKEN = ("entropy", "kl", "mean_token_accuracy", "nll_loss", "policy_loss")
-
-
-@dataclass(frozen=True)
-class AnswerBatch:
-    """Prompts with answers, padded on the right; of pairs the first half is chosen, the second rejected.
-
-    Attributes:
-        input_ids: (B, S) int64.
-        attention_mask: (B, S) int64.
-        labels: (B, S - 1) int64, shifted: position t holds the token that t predicts; -100 on prompts and padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> AnswerBatch:
-        return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
-
-
-def pad_answers(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> AnswerBatch:
-    """Pad prompts with an answer each, token ids, on the right."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for row, (prompt, answer) in enumerate(rows):
-        length = len(prompt) + len(answer)
-        input_ids[row, :length] = torch.tensor(prompt + answer)
-        mask[row, :length] = 1
-        targets[row, len(prompt) : length] = input_ids[row, len(prompt) : length]
-    return AnswerBatch(input_ids, mask, targets[:, 1:].contiguous())
-
-
-def collate(rows: Sequence[Mapping[str, Any]], pad: int, prefix: str = "") -> dict[str, Tensor]:
-    """Rows of ``Preferences`` as a batch: of pairs all chosen answers, then all rejected ones in the same order.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` (B, S), ``targets`` (B, S - 1), which are shifted labels, ``signs`` (B,),
-        and, where the rows have it, ``ref_logp`` (B, S - 1), 0 where ignored. The same with ``other_`` in front for
-        prompts with answers to other prompts.
-    """
-    flat = [(row, side) for side in range(len(rows[0][f"{prefix}ids"])) for row in rows]
-    split = [(row[f"{prefix}ids"][side], row[f"{prefix}starts"][side]) for row, side in flat]
-    answers = pad_answers([(ids[:start], ids[start:]) for ids, start in split], pad)
-    batch = {"input_ids": answers.input_ids, "attention_mask": answers.attention_mask, "targets": answers.labels}
-    if f"{prefix}ref" in rows[0]:
-        found = torch.zeros(answers.labels.shape)
-        found[answers.labels != IGNORE] = torch.tensor([x for row, side in flat for x in row[f"{prefix}ref"][side]])
-        batch["ref_logp"] = found
-    batch = {f"{prefix}{name}": value for name, value in batch.items()}
-    if prefix:
-        return batch
-    batch["signs"] = torch.tensor([row["signs"][side] for row, side in flat])
-    return batch | (collate(rows, pad, "other_") if "other_ids" in rows[0] else {})
+_INPUTS = ("input_ids", "attention_mask")
 
 
 def learns_single(loss: Loss) -> bool:
@@ -148,9 +93,9 @@ class PreferenceTrainer(Trainer):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("no parameter of the model is trained: all are frozen")
         self.loss, self.split, self._aside = loss, split, False
-        self._train, self._eval, self._eval_totals = _Averages(), _Averages(), None
-        tokenizer = options.get("processing_class")
-        self._pad = getattr(tokenizer, "pad_token_id", None) or 0
+        self._train, self._eval = Averages(), Averages()
+        self._eval_totals: Tensor | None = None
+        self._pad: int = getattr(options.get("processing_class"), "pad_token_id", None) or 0
         options = {"data_collator": lambda rows: collate(rows, self._pad), **options}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = True
@@ -178,11 +123,11 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._ordered:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
         return self._sampler(self.train_dataset) if self._at_random else super()._get_train_sampler()
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [
+        self._signature_columns: Any = [
             *("ids", "starts", "signs", "tokens", "ref"),
             *("other_ids", "other_starts", "other_ref"),
         ]
@@ -200,7 +145,8 @@ class PreferenceTrainer(Trainer):
             return rows
         if self.state.global_step:
             raise ValueError("the reference log-probs of further rows must be made before training")
-        model, world = self._reference or self.model, self.args.world_size
+        model: Any = self._reference or self.model
+        world = self.args.world_size
         key = [_content(model), rows._fingerprint, self.args.bf16, self.args.fp16, "kl" in self.loss.needs, world]
         pieces: dict[int, Any] = {}
         training, place = model.training, next(model.parameters()).device
@@ -226,7 +172,7 @@ class PreferenceTrainer(Trainer):
         """Columns with the reference's log-probs of each answer's tokens, and KTO's mismatched answers."""
         part = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if "kl" in self.loss.needs:
-            part = [row | _mismatched(row, rows, first + index) for index, row in enumerate(part)]
+            part = [row | mismatched(row, rows, first + index) for index, row in enumerate(part)]
         for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
             batch = self._prepare_inputs(collate(part, self._pad, prefix))
             logp = self._logp(model, batch, prefix).float().cpu()
@@ -239,32 +185,40 @@ class PreferenceTrainer(Trainer):
 
     # the loss
 
-    @contextmanager
-    def _taken_apart(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, HeadParameters]]:
-        """Hidden states (B, S, H) through whatever wraps the model, and its head."""
-        inner = self.accelerator.unwrap_model(model)
-        backbone, head = hidden_and_head(inner)
+    def _inside(self, model: nn.Module, inputs: Mapping[str, Tensor], make: Callable[[Tensor, Any], Tensor]) -> None:
+        """Call ``make`` on hidden states (B, S, H) and head, inside the forward of whatever wraps the model.
+
+        DistributedDataParallel and FSDP want every parameter used there.
+        """
+        inner: Any = self.accelerator.unwrap_model(model)
         own = inner.__dict__.get("forward")
-        # DistributedDataParallel prepares for the backward in its own forward
-        inner.forward = lambda **given: backbone(**given)
+
+        def forward(**given: Any) -> Tensor:
+            backbone, head = hidden_and_head(inner)
+            return make(backbone(**given), head)
+
+        inner.forward = forward
         try:
             with self.accelerator.autocast():
-                hidden = model(**inputs)
+                model(**inputs)
         finally:
             if own is None:
                 del inner.forward
             else:
                 inner.forward = own
-        with self.accelerator.autocast():
-            yield hidden, head
 
     def _logp(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
         """Log-probs of the targets, (B, S - 1), 0 where ignored, without a gradient."""
-        inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), self._taken_apart(model, inputs) as (hidden, head):
-            logp = linear_token_stats(hidden[:, :-1], head.weight, batch[f"{prefix}targets"], **head.options).logp
-        assert logp is not None
-        return logp
+        found: list[Any] = []
+
+        def make(hidden: Tensor, head: HeadParameters) -> Tensor:
+            targets = batch[f"{prefix}targets"]
+            found.append(linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
+            return found[0]
+
+        with torch.no_grad():
+            self._inside(model, {name: batch[prefix + name] for name in _INPUTS}, make)
+        return found[0]
 
     def loss_output(
         self,
@@ -285,11 +239,15 @@ class PreferenceTrainer(Trainer):
         if totals is not None:
             side |= {"num_items": totals[0], "num_sequences": totals[1]}
             side |= {"num_chosen_items": totals[2]} if self._paired else {}
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with self._taken_apart(model, inputs) as (hidden, head):
-            return linear_loss(
-                hidden[:, :-1], head.weight, batch["targets"], self.loss, split=split, **head.options, **side
-            )
+        found: list[LossOutput] = []
+
+        def make(hidden: Tensor, head: HeadParameters) -> Tensor:
+            options = {"split": split, **head.options, **side}
+            found.append(linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options))
+            return found[0].loss
+
+        self._inside(model, {name: batch[name] for name in _INPUTS}, make)
+        return found[0]
 
     def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the loss reads beside the policy's own statistics."""
@@ -312,32 +270,10 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         split = None if self.split is None else self.split.at(self.state.global_step / max(1, self.state.max_steps))
         out = self.loss_output(model, inputs, num_items_in_batch, split)
-        self._train.add(self.metrics(inputs, out))
+        self._train.add(weighed_metrics(inputs, out, self._paired))
         # engines average gradients over ranks; the shares of the ranks are to be summed
         loss = out.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, out) if return_outputs else loss
-
-    def metrics(self, batch: Mapping[str, Tensor], out: LossOutput) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the loss reports, each with the number of tokens or answers that it is a mean of.
-
-        Of pairs whose loss logs no rewards of its own, ``rewards/accuracies`` and ``rewards/margins`` are those of the
-        log-ratios to the reference.
-        """
-        found = dict(out.metrics)
-        if self._paired and "ref_logp" in batch and "rewards/margins" not in found and out.stats.logp is not None:
-            chosen, rejected = (out.stats.logp.double() - batch["ref_logp"]).sum(1).chunk(2)
-            found["rewards/accuracies"] = (chosen > rejected).double().mean()
-            found["rewards/margins"] = (chosen - rejected).mean()
-        tokens = (batch["targets"] != IGNORE).sum(1).double()  # (B,)
-        chosen_ones = batch["signs"] > 0
-        sides = {"chosen": chosen_ones, "rejected": ~chosen_ones, "accuracy": chosen_ones}
-        weighed = {}
-        for name, value in found.items():
-            per_token = name.startswith(("logits/", "clip_ratio/")) or name in _PER_TOKEN
-            size = tokens if per_token else torch.ones_like(tokens)
-            members = sides.get(name.replace("_", "/").split("/")[-1])
-            weighed[name] = (value, size.sum() if members is None else size[members].sum())
-        return weighed
 
     # evaluation and what is logged
 
@@ -354,7 +290,7 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             out = self.loss_output(model, inputs, self._eval_totals)
         if real:
-            self._eval.add({"loss": (out.loss, torch.ones(())), **self.metrics(inputs, out)})
+            self._eval.add({"loss": (out.loss, torch.ones(())), **weighed_metrics(inputs, out, self._paired)})
         return None, None, None
 
     def evaluation_loop(
@@ -369,7 +305,7 @@ class PreferenceTrainer(Trainer):
         self._eval_totals = _counts(counted).to(self.args.device)
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         found = self._eval.take(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        cast(Any, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -423,54 +359,9 @@ class PreferenceTrainer(Trainer):
                 shutil.rmtree(old, ignore_errors=True)
 
 
-class _Averages:
-    """Weighted means over steps and ranks, without a wait for the device until they are taken."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (value, weight) in values.items():
-            weight = weight.to(value.device, torch.float64)
-            # a mean over nothing may be NaN
-            pair = torch.stack([torch.where(weight > 0, value.detach().double() * weight, 0.0), weight])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The means since the last time, those over nothing left out; of ``loss``, whose parts are shares, the sum."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums, weights = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").T.tolist()
-        self._sums = {}
-        found = {
-            name: total if name == "loss" else total / weight
-            for name, total, weight in zip(names, sums, weights, strict=True)
-            if weight
-        }
-        if {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= set(found):
-            # of single answers the sides need not be as many
-            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-        return found
-
-
 def _counts(tokens: Tensor) -> Tensor:
     """Loss tokens, answers, and loss tokens of the first half: (B,) -> (3,)."""
     return torch.stack([tokens.sum(), tokens.new_tensor(len(tokens)), tokens[: len(tokens) // 2].sum()]).float()
-
-
-def _mismatched(row: Mapping[str, Any], rows: Any, place: int) -> dict[str, Any]:
-    """The prompts of a row with the answers of the next row, round the end, whose prompt is another."""
-    for step in range(1, len(rows)):
-        other = rows[(place + step) % len(rows)]
-        if other["ids"][0][: other["starts"][0]] != row["ids"][0][: row["starts"][0]]:
-            break
-    else:
-        raise ValueError("kto needs rows with different prompts: its reference point comes from mismatched answers")
-    pairs = list(zip(row["ids"], row["starts"], other["ids"], other["starts"], strict=True))
-    # never longer than what is trained on
-    ids = [(mine[:start] + ids[first:])[: max(len(mine), len(ids))] for mine, start, ids, first in pairs]
-    return {"other_ids": ids, "other_starts": list(row["starts"])}
 
 
 def _content(model: nn.Module) -> str:
@@ -479,5 +370,5 @@ def _content(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
