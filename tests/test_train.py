@@ -29,10 +29,8 @@ def data(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def model(tmp_path_factory):
+def small_model(folder: Path) -> str:
     """A Llama small enough to train in milliseconds, in a folder as users have them."""
-    folder = tmp_path_factory.mktemp("models") / "small"
     tokenizer = load_tokenizer("tiny", WORDS * 4)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -44,9 +42,14 @@ def model(tmp_path_factory):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    command.model = str(folder)
+    LlamaForCausalLM(config).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
+    return str(folder / "small")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory):
+    command.model = small_model(tmp_path_factory.mktemp("models"))
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

@@ -13,7 +13,9 @@ from fused_po.ops.checks import IGNORE
 
 __all__ = ["Averages", "weighed_metrics"]
 
-_PER_TOKEN = ("entropy", "kl", "mean_token_accuracy", "nll_loss", "policy_loss")
+_PER_TOKEN = ("entropy", "kl", "mean_token_accuracy")
+# normalised by all of a step, so that micro-batches report shares
+_SHARES = ("loss", "nll_loss", "policy_loss")
 
 
 def weighed_metrics(batch: Mapping[str, Tensor], out: LossOutput, paired: bool) -> dict[str, tuple[Tensor, Tensor]]:
@@ -36,6 +38,8 @@ def weighed_metrics(batch: Mapping[str, Tensor], out: LossOutput, paired: bool) 
         size = tokens if per_token else torch.ones_like(tokens)
         members = sides.get(name.replace("_", "/").split("/")[-1])
         weighed[name] = (value, size.sum() if members is None else size[members].sum())
+        if name in _SHARES:
+            weighed[name] = (value, torch.ones(()))
     return weighed
 
 
@@ -52,18 +56,15 @@ class Averages:
             pair = torch.stack([torch.where(weight > 0, value.detach().double() * weight, 0.0), weight])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The means since the last time, those over nothing left out; of ``loss``, whose parts are shares, the sum."""
+    def take(self, accelerator: Any, steps: int = 1) -> dict[str, float]:
+        """The means over the last ``steps``, those over nothing left out."""
         names = sorted(self._sums)
         if not names:
             return {}
         sums, weights = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").T.tolist()
         self._sums = {}
-        found = {
-            name: total if name == "loss" else total / weight
-            for name, total, weight in zip(names, sums, weights, strict=True)
-            if weight
-        }
+        per_step = [steps if name in _SHARES else weight for name, weight in zip(names, weights, strict=True)]
+        found = {name: total / size for name, total, size in zip(names, sums, per_step, strict=True) if size}
         if {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= set(found):
             # of single answers the sides need not be as many
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]

@@ -95,6 +95,7 @@ class PreferenceTrainer(Trainer):
         self.loss, self.split, self._aside = loss, split, False
         self._train, self._eval = Averages(), Averages()
         self._eval_totals: Tensor | None = None
+        self._steps = 0
         self._pad: int = getattr(options.get("processing_class"), "pad_token_id", None) or 0
         options = {"data_collator": lambda rows: collate(rows, self._pad), **options}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
@@ -262,6 +263,7 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and the loss tokens, answers and tokens of chosen answers in them, of all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._steps += 1
         counted = sum((_counts((batch["targets"] != IGNORE).sum(1)) for batch in batches), torch.zeros(3))
         return batches, self.accelerator.reduce(counted.to(device), "sum")
 
@@ -314,7 +316,8 @@ class PreferenceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self._train.take(self.accelerator)
+            logs |= self._train.take(self.accelerator, self._steps)
+            self._steps = 0
             loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 step = self.state.global_step
