@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml setup.py constraints.txt
 DEMO := demo-output
+# processes that share the tests, as pytest-xdist has it; each needs 2 GiB
+WORKERS ?= logical
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench hooks clean
+.PHONY: help demo test nightly lint format bench site hooks clean
 # two installations into one .venv must not run side by side
 .NOTPARALLEL:
 
@@ -19,7 +22,10 @@ demo: $(VENV)/.package  ## train a small model on the shipped preferences, fused
 	$(BIN)/fused-po train --compare --output $(DEMO)
 
 test: $(VENV)/.development  ## run the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not large"
+	$(PYTEST) -m "not gpu and not large and not nightly"
+
+nightly: $(VENV)/.development  ## run them with the products of their parameters in full
+	$(PYTEST) -m "not gpu and not large"
 
 lint: $(VENV)/.development  ## check style and types
 	$(BIN)/ruff check .
@@ -36,11 +42,14 @@ bench: $(VENV)/.development  ## time the operations, a few short cases, and thre
 	$(BIN)/python -m bench.bench_rows --quick --output bench-output/rows.json
 	$(BIN)/python -m bench.bench_cpu_vs_trl --output bench-output/cpu_vs_trl.json
 
+site: $(VENV)/.development  ## build the documentation as a site, into site/
+	$(BIN)/python -m mkdocs build
+
 hooks: $(VENV)/.development  ## let git run the checks of make lint before each commit
 	$(BIN)/pre-commit install
 
 clean:  ## remove what was built and cached; .venv stays
-	rm -rf build dist *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fused_po/_cuda*.so
 	find fused_po scripts tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 

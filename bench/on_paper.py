@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.prose import prose
 from fused_po.bench.paper import CASES, PaperCase
 from fused_po.bench.paper_peers import counted_with, recorded
 from fused_po.bench.paper_table import figures, read
@@ -10,25 +11,31 @@ from fused_po.prices import device
 __all__ = ["paper_section"]
 
 GIB = 1 << 30
+NOT_RUN = "None of it has run on a GPU yet; `fused-po bench --paper h200` measures the cases where one is."
 
 
 def paper_section() -> list[str]:
     """From bench/results/paper, which ``python -m fused_po.bench.paper_table --record`` writes."""
     found, used = read(), counted_with()
     on = device(found["on_paper"])
+    ran = any(row["measured"] is not None for row in found["cases"].values())
     lines = [
         "## A GPU on paper",
         "",
-        "Not measured but counted: every operation of a forward and backward is listed on tensors without values and",
-        f"priced for an {on.name.upper()}: a product by its FLOP over {on.half / 1e12:.0f} TFLOP/s or its bytes over",
-        f"{on.bandwidth / 1e12:.1f} TB/s, whichever takes longer; reading and writing an accumulator again on top; all",
-        "else by its bytes. The unit is the bare products of the case, 3 or with a frozen head 2. Launches are",
-        "counted, not priced; scratch is the most alive beyond inputs and returned gradients. TRL's function",
-        f"likewise, on fake CUDA tensors (trl {used['trl']}, torch {used['torch']}). `fused-po bench --paper`",
-        "prints it for other GPUs too.",
+        *prose(
+            f"""Not measured but counted. Every operation of a forward and backward is listed on tensors with shapes
+            and no values, and priced for an {on.name.upper()}: a product by its FLOP over {on.half / 1e12:.0f} TFLOP/s
+            or by its bytes over {on.bandwidth / 1e12:.1f} TB/s, whichever takes longer, and on top by the bytes of an
+            accumulator that it reads and writes again; all else by its bytes. The unit is the time of the bare products
+            of the case, 3 or with a frozen head 2. Launches are counted and not priced. Scratch is the most memory in
+            use beyond inputs and returned gradients. TRL's function is counted in the same way (trl {used["trl"]},
+            torch {used["torch"]}). *At most* is this project's own limit, which a test holds."""
+        ),
         "",
-        "| case | at most | on paper | scratch GiB | launches | TRL on paper | TRL's scratch GiB | measured |",
-        "|---|---|---|---|---|---|---|---|",
+        *([] if ran else [NOT_RUN, ""]),
+        "| case | at most | on paper | scratch GiB | launches | TRL on paper | TRL's scratch GiB |"
+        + (" measured |" if ran else ""),
+        "|---|---|---|---|---|---|---|" + ("---|" if ran else ""),
     ]
     for name, row in found["cases"].items():
         case, peer = CASES[name], recorded("trl", name)
@@ -38,7 +45,7 @@ def paper_section() -> list[str]:
         got = "not run" if row["measured"] is None else f"{row['measured']['over_bare']:.2f} x"
         lines.append(
             f"| {_words(case)} | {limit} | {row['over_bare']:.2f} x | {row['scratch_bytes'] / GIB:.2f} | "
-            f"{row['launches']} | {theirs} | {got} |"
+            f"{row['launches']} | {theirs} |" + (f" {got} |" if ran else "")
         )
     return [*lines, ""]
 

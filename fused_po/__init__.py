@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from fused_po.splits import Split
     from fused_po.stats import Stats
+    from fused_po.trainers.model import take_apart
 
 __all__ = [
     "LossOutput",
@@ -37,26 +38,28 @@ __all__ = [
     "make_plan",
     "splits",
     "stats_loss",
+    "take_apart",
     "token_stats",
 ]
 
 __version__ = "0.1.0"
 
-# where each public name is defined; None: it is a submodule
+# the submodule in which each public name is defined; None: it is one
 _HOMES = {
-    "LossOutput": "fused_po.ops",
-    "Plan": "fused_po.ops",
-    "Split": "fused_po.splits",
-    "SplitGradients": "fused_po.ops",
-    "Stats": "fused_po.stats",
+    "LossOutput": "ops",
+    "Plan": "ops",
+    "Split": "splits",
+    "SplitGradients": "ops",
+    "Stats": "stats",
     "advantages": None,
-    "linear_loss": "fused_po.ops",
-    "linear_token_stats": "fused_po.ops",
+    "linear_loss": "ops",
+    "linear_token_stats": "ops",
     "losses": None,
-    "make_plan": "fused_po.ops",
+    "make_plan": "ops",
     "splits": None,
-    "stats_loss": "fused_po.ops",
-    "token_stats": "fused_po.ops",
+    "stats_loss": "ops",
+    "take_apart": "trainers.model",
+    "token_stats": "ops",
 }
 
 
@@ -64,7 +67,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]
-    value = import_module(f"{__name__}.{name}") if home is None else getattr(import_module(home), name)
+    module = import_module(f"{__name__}.{home or name}")
+    value = module if home is None else getattr(module, name)
     # found without this function from now on
     globals()[name] = value
     return value

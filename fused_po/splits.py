@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fused_po.losses.batch import Batch
-from fused_po.losses.contract import HORIZONS, Loss
+from fused_po.losses.contract import HORIZONS, Loss, require_sides
 
 __all__ = [
     "Linear",
     "Split",
+    "check_split",
     "controlled_dpo",
     "controlled_ppo",
     "negative_only",
@@ -41,8 +42,10 @@ class Linear:
     """A schedule: from ``start`` at the beginning of training to ``end``, in a straight line.
 
     Args:
-        start, end: values.
-        begin, finish: where the line begins and ends, fractions of the training with 0 <= begin < finish <= 1.
+        start: the value at the beginning.
+        end: the value at the end.
+        begin: 0.0, the fraction of the training at which the line begins.
+        finish: 1.0, the one at which it ends; 0 <= begin < finish <= 1.
     """
 
     start: float
@@ -61,11 +64,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Split:
-    """Scales the coefficients of a loss by side: ``c <- c s f(w) / w`` with s = ``positive`` or ``negative`` and w the
-    loss's own weight (arXiv 2512.00778: sigmoid(-beta h) for DPO, |A| for PPO).
+    """Scales positive learning, negative learning and the weights of samples (arXiv 2512.00778), in any loss that has
+    sides.
 
-    Terms without a side (KL, NLL, entropy) stay as they are, and so does the reported value of the loss: only the
-    gradient changes. It costs O(N).
+    With c = dL/dlogp of a token, it becomes ``c s f(w) / w``: s is ``positive`` or ``negative``, by the token's side; w
+    is the loss's own weight, sigmoid(-beta h) for DPO and |A| for PPO, and f says what becomes of it. Terms without a
+    side (KL, NLL, entropy) stay as they are. The gradient changes, the reported value of the loss does not. It costs a
+    few operations a token.
 
     Args:
         positive: weight of positive learning, a number or a schedule of the fraction of the training, 1.0.
@@ -73,21 +78,25 @@ class Split:
         reweight: f: ``identity``; ``none``, the mean weight of the population; ``clip``, min(w, ``clip_max``);
             ``power``, w^``power``; ``tertiles``, w times ``tertile_gains`` of its third; or a function from weights
             (M,) to weights (M,).
-        by: ``role``: the paper's sides, chosen and rejected answers, or the sign of the advantage. ``direction``: the
-            sign of c itself; they differ where a loss pulls a chosen answer down (SPPO beyond its target).
-        population: over what the mean and the thirds are taken: ``horizon``, each horizon of the loss for itself (a
-            pair of DPO or a token of PPO has a mean, but no thirds); ``batch``, which makes the batch the horizon;
-            or ``running``, given as ``running_mean`` and ``running_tertiles``. Samples are answers where the loss
-            weighs answers, else tokens.
+        by: what tells the sides apart. ``role``: chosen or rejected, or the sign of the advantage, as in the paper.
+            ``direction``: whether the gradient raises or lowers the log-prob; it differs from ``role`` where a loss
+            pulls a chosen answer down (SPPO beyond its target).
+        population: of which samples the mean and the thirds are taken; a sample is an answer where the loss weighs
+            answers, else a token. ``horizon``: of what the loss sees at once, a pair of DPO or a token of PPO; the mean
+            of so few is their own weight, and they have no thirds. ``batch``: of the whole call, which the loss then
+            has to see at once. ``running``: given as ``running_mean`` and ``running_tertiles``.
         clip_max: bound of ``clip``.
         power: exponent of ``power``.
         tertile_gains: gains of the third with the largest weights, the middle and the smallest.
-        running_mean, running_tertiles: the mean weight, and the bounds of the middle third.
-        progress: the fraction of the training that is done, in [0, 1]; see ``at``.
+        running_mean: the mean weight, for ``population="running"``.
+        running_tertiles: the bounds of the middle third by weight, likewise.
+        progress: the fraction of the training that is done, in [0, 1]; a split with a schedule needs it, and ``at``
+            sets it.
         allow_negative: False: a weight below 0 is an error, since it turns learning around.
 
     Raises:
-        ValueError: a number out of range, an unknown word, or a statistic that is missing.
+        ValueError: a number out of range, an unknown word, or a statistic that is missing; where it is used, a schedule
+            without a ``progress``, or a loss that has no sides.
     """
 
     positive: float | Schedule = 1.0
@@ -100,11 +109,11 @@ class Split:
     tertile_gains: tuple[float, float, float] = (1.0, 1.0, 1.0)
     running_mean: float | None = None
     running_tertiles: tuple[float, float] | None = None
-    progress: float = 0.0
+    progress: float | None = None
     allow_negative: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.progress <= 1.0:
+        if self.progress is not None and not 0.0 <= self.progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], the fraction of the training: got {self.progress}")
         for name, choices in (("by", ("role", "direction")), ("population", ("batch", "horizon", "running"))):
             if getattr(self, name) not in choices:
@@ -118,7 +127,7 @@ class Split:
             if getattr(self, needed) is None:
                 raise ValueError(f"population='running' with reweight={self.reweight!r} needs {needed}")
         # a bad schedule shows before the training, not in it
-        for gain in (*self.weights, *self._ends(), *self.tertile_gains):
+        for gain in (*self._at(self.progress or 0.0), *self._at(0.0), *self._at(1.0), *self.tertile_gains):
             if not math.isfinite(gain) or (gain < 0 and not self.allow_negative):
                 raise ValueError(f"weights must be finite and at least 0 (else allow_negative=True): got {gain}")
 
@@ -128,8 +137,17 @@ class Split:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """The weights of positive and negative learning now."""
-        return self._value(self.positive, self.progress), self._value(self.negative, self.progress)
+        """The weights of positive and negative learning now.
+
+        Raises:
+            ValueError: they follow a schedule, and nobody said how far the training is.
+        """
+        if self.progress is None and (callable(self.positive) or callable(self.negative)):
+            raise ValueError(
+                "the weights of this split follow a schedule, so it must be told how far the training is: give "
+                "split.at(step / steps) in each step"
+            )
+        return self._at(self.progress or 0.0)
 
     def horizon(self, loss: Loss) -> str:
         """What a loss must see whole under this split.
@@ -209,12 +227,26 @@ class Split:
             thirds = tertiles(samples, groups)
         return torch.where(thirds == 2, top, torch.where(thirds == 1, middle, samples.new_full((), bottom)))
 
-    def _ends(self) -> list[float]:
-        return [self._value(side, end) for side in (self.positive, self.negative) for end in (0.0, 1.0)]
+    def _at(self, progress: float) -> tuple[float, float]:
+        positive, negative = (side(progress) if callable(side) else side for side in (self.positive, self.negative))
+        return float(positive), float(negative)
 
-    @staticmethod
-    def _value(side: float | Schedule, progress: float) -> float:
-        return float(side(progress) if callable(side) else side)
+
+def check_split(split: object, loss: Loss) -> None:
+    """Whether ``split`` is one, or None, and does something to a loss now.
+
+    Raises:
+        ValueError: something else, a loss none of whose tokens has a side, or a schedule that was not told how far the
+            training is.
+    """
+    if split is None:
+        return
+    if not isinstance(split, Split):
+        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
+    require_sides(loss, "a split")
+    split.horizon(loss)
+    # asked for its error
+    _ = split.weights
 
 
 def tertiles(samples: Tensor, groups: Tensor) -> Tensor:
@@ -287,8 +319,10 @@ def controlled_dpo(
     loss is DPO itself: a negative weight above the positive one takes a model apart (docs/study.md).
 
     Args:
-        positive, negative: weights at the beginning and at the end.
-        begin, finish: fractions of the training between which they move.
+        positive: weights of positive learning at the beginning and at the end.
+        negative: weights of negative learning, likewise.
+        begin: 0.0, the fraction of the training at which they begin to move.
+        finish: 1.0, the one at which they stop.
     """
     return Split(Linear(*positive, begin, finish), Linear(*negative, begin, finish))
 
@@ -304,9 +338,11 @@ def controlled_ppo(
     are not known; every constant here is ours and an argument.
 
     Args:
-        positive, negative: weights at the beginning and at the end; negative learning is what explores.
+        positive: weights of positive learning at the beginning and at the end.
+        negative: weights of negative learning, which is what explores, likewise.
         tertile_gains: gains of the top, middle and bottom third by |A|, in the batch.
-        begin, finish: fractions of the training between which they move.
+        begin: 0.0, the fraction of the training at which they begin to move.
+        finish: 1.0, the one at which they stop.
     """
     reweight = "identity" if set(tertile_gains) == {1.0} else "tertiles"
     sides = Linear(*positive, begin, finish), Linear(*negative, begin, finish)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["DIFFERENTIABLE", "STATISTICS", "Stats"]
+__all__ = ["DIFFERENTIABLE", "STATISTICS", "Stats", "described"]
 
 # the order in which operations return them
 STATISTICS = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_probs", "max_logp")
@@ -15,9 +15,17 @@ STATISTICS = ("logp", "entropy", "lse", "mean_logit", "is_top1", "log_sum_sq_pro
 DIFFERENTIABLE = ("logp", "entropy", "lse")
 
 
-@dataclass(frozen=True)
+def described(tensor: Tensor) -> str:
+    """A tensor in a few words: what it is, and not what it holds."""
+    shape = str(tuple(tensor.shape))
+    where = "" if tensor.device.type == "cpu" else f" on {tensor.device}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}{where}"
+
+
+@dataclass(frozen=True, repr=False)
 class Stats:
-    """Per-token statistics of ``p = softmax(z)`` at the label ``y``; a field that was not asked for is None.
+    """Numbers of each token, from its logits ``z``, their probabilities ``p = softmax(z)`` and its label ``y``. A field
+    that was not asked for is None. Gradients flow through ``logp``, ``entropy`` and ``lse``.
 
     All fields share one shape, that of the labels. Floating fields are float32 for half and single precision inputs,
     float64 for float64. Tokens whose label is -100 hold 0 (False).
@@ -44,3 +52,6 @@ class Stats:
         """The fields that were asked for, in the order of ``STATISTICS``."""
         values = ((name, getattr(self, name)) for name in STATISTICS)
         return {name: value for name, value in values if value is not None}
+
+    def __repr__(self) -> str:
+        return f"Stats({', '.join(f'{name}: {described(value)}' for name, value in self.present().items())})"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fused_po.losses.pairwise import ReferenceLoss
 from fused_po.ops.batches import Layout, call_batch
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import make_plan
+from fused_po.pictures import png
 from fused_po.stats import STATISTICS, Stats
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -119,7 +120,7 @@ def table() -> str:
                 formula = equation(loss).replace("|", "\\|")
                 rows.append(
                     f"| **`{loss.name}`**<br>{given} | `{formula}` | {paper(loss)} | {loss.horizon} | {reads(loss)} "
-                    f"| {gemms(loss)} | ![](losses/{loss.name}.svg) |"
+                    f"| {gemms(loss)} | ![](losses/{loss.name}.png) |"
                 )
         blocks.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
     blocks.append(micro_batches(made))
@@ -195,7 +196,7 @@ def plot(loss: losses.Loss, path: Path) -> None:
     axes.tick_params(labelsize=5, length=2, pad=1)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    path.write_bytes(png(figure, dpi=130))
     plt.close(figure)
 
 
@@ -203,10 +204,9 @@ def main() -> None:
     (DOCS / "losses.md").write_text(table())
     folder = DOCS / "losses"
     folder.mkdir(exist_ok=True)
-    matplotlib.rcParams.update({"svg.hashsalt": "fused_po", "svg.fonttype": "none"})
     for name in losses.names():
-        plot(losses.create(name), folder / f"{name}.svg")
-    for path in folder.glob("*.svg"):
+        plot(losses.create(name), folder / f"{name}.png")
+    for path in folder.iterdir():
         if path.stem not in losses.names():
             path.unlink()
 

@@ -1,15 +1,27 @@
-"""Tests marked ``gpu`` are skipped, with the reason, where there is no GPU."""
+"""Tests marked ``gpu`` are skipped, with the reason, where there is no GPU; ``pairwise`` ones are thinned."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+# the tensors of tests are small: threads would wait for each other, and for those of other workers; read by torch once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
+
+from tests.pairwise import mark_the_rest
 
 # before anything imports triton: without a GPU its kernels are interpreted
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# before -m looks at the marks
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from bench import bench_cpu_vs_trl, report
+from bench import bench_cpu_vs_trl, readme, report
 from bench.targets import targets
 from fused_po.bench import measure, methods
 from fused_po.bench.accuracy import bounds, method_errors, rejected
@@ -170,10 +170,17 @@ def test_the_page_is_what_the_results_say(tmp_path, monkeypatch):
     assert drawn == {plot.name: digest_in(plot) for plot in folder.iterdir()}, "run python -m bench.report"
 
 
+def test_the_readme_shows_figures_of_the_results():
+    measured = json.loads((report.RESULTS / "cpu_vs_trl.json").read_text())
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.with_block(text, measured) == text, "run python -m bench.report"
+    with pytest.raises(ValueError, match="has no place for figures"):
+        readme.with_block(text.replace(readme.LAST, ""), measured)
+
+
 def digest_in(plot: Path) -> str:
     """What a plot says that it was drawn from; bytes differ with the version of matplotlib."""
-    (found,) = re.findall(r"<dc:description>(.*?)</dc:description>", plot.read_text())
-    return found
+    return Image.open(plot).text["Description"]
 
 
 def test_tiles_are_what_is_neither_gradient_nor_accumulator():

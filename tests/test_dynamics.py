@@ -9,6 +9,7 @@ import torch
 
 from fused_po import Split, losses, stats_loss
 from fused_po.diagnostics import Examples, learning_dynamics
+from fused_po.diagnostics.dynamics import _histogram
 from tests.losses.cases import create
 from tests.test_alignment import Policy, examples, stats_of
 from tests.test_checkpoints import DATA, LOSS, tiny
@@ -60,6 +61,15 @@ def test_histograms_hold_every_coefficient_on_its_side():
     # DPO raises what was chosen and lowers what was rejected
     assert (found.coefficients["positive"].edges > 0).all()
     assert (found.coefficients["negative"].edges < 0).all()
+
+
+def test_a_histogram_of_values_that_are_nearly_alike_has_edges_of_its_own():
+    for values in ([0.1, 0.1 + 1e-17, 0.1 - 1e-16], [0.0, 0.0], [-1e20, -1e20], [1e-12], [3.0, 3.0 + 1e-12]):
+        histogram = _histogram(torch.tensor(values, dtype=torch.float64), 40)
+        assert histogram.counts.sum() == len(values)
+        assert (histogram.edges.diff() > 0).all()
+        assert histogram.edges[0] <= min(values) and max(values) <= histogram.edges[-1]
+        assert "2 values" in repr(histogram) or len(values) != 2
 
 
 def test_a_side_without_tokens_is_nan():

@@ -34,7 +34,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, **sizes, **ids)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    # a model of any use never says it, and a mask of what is no padding then has no hole
+    model.generation_config.suppress_tokens = [tokenizer.pad_token_id]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

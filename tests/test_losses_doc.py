@@ -24,5 +24,5 @@ def test_every_loss_has_equation_source_and_plot(name):
     loss = losses.create(name)
     assert re.search(r"log|sigmoid|max|min|\^", make_losses_doc.equation(loss))
     assert "arxiv.org" in make_losses_doc.paper(loss) or name in ("conservative", "sft")
-    assert (ROOT / f"docs/losses/{name}.svg").stat().st_size > 1000
+    assert (ROOT / f"docs/losses/{name}.png").stat().st_size > 1000
     assert f"**`{name}`**" in make_losses_doc.table()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,11 +14,16 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
 )
 
-from fused_po.trainers.model import hidden_and_head
+from fused_po import take_apart
+from fused_po.trainers.model import hidden_and_head, token_stats_of
+from fused_po.trainers.seam import deferred
 
 SMALL = {
     "vocab_size": 40,
@@ -60,15 +68,156 @@ def test_an_adapter_on_the_backbone_is_heard():
     assert not head.weight.requires_grad
 
 
+def test_the_head_before_and_after_a_run():
+    model = make("gemma2, softcap")
+    backbone, head = hidden_and_head(model)
+    assert head.weight is model.lm_head.weight and head.bias is None
+    with pytest.raises(ValueError, match="call the backbone first"):
+        _ = head.options
+    with torch.no_grad():
+        backbone(input_ids=torch.randint(0, 40, (2, 5)))
+    # the parameter itself: the run that showed the cap had no graph
+    assert head.options == {"bias": None, "softcap": 2.0, "logit_scale": 1.0} and head.weight.requires_grad
+
+
+def test_what_a_model_returns_beside_logits():
+    sizes = SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, output_router_logits=True)).train()
+    ids = torch.randint(0, 40, (2, 5))
+    hidden, head, outputs = take_apart(model, input_ids=ids)
+    want = model(ids)
+    torch.testing.assert_close(outputs.aux_loss, want.aux_loss)
+    torch.testing.assert_close(head.logits(hidden), want.logits)
+    # no graph hangs on what is kept beside them
+    assert outputs.aux_loss.requires_grad and outputs.past_key_values is None
+
+
+@pytest.mark.parametrize("keep", [2, torch.tensor([1, 3])])
+def test_logits_of_some_positions(keep):
+    model, ids = make("llama"), torch.randint(0, 40, (2, 5))
+    hidden, head, _ = take_apart(model, input_ids=ids, logits_to_keep=keep)
+    assert hidden.shape == (2, 2, 16)
+    torch.testing.assert_close(head.logits(hidden), model(ids, logits_to_keep=keep).logits)
+
+
+def test_the_loss_of_the_model_itself_needs_no_logits():
+    model, ids = make("llama"), torch.randint(0, 40, (2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, outputs = take_apart(model, check=False, input_ids=ids, labels=ids)
+    torch.testing.assert_close(outputs.loss, model(ids, labels=ids).loss)
+
+
+class Cut(LlamaForCausalLM):
+    """Its head has rows behind the tokens, as some checkpoints are padded."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits[..., :37] / 0.7
+        return found
+
+
+class Clamped(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits.float().clamp(max=1.0)
+        return found
+
+
+class Masked(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits[:, :, 3:5] = torch.finfo(found.logits.dtype).min
+        return found
+
+
+class Sly(LlamaForCausalLM):
+    """Does to real logits what it leaves undone here."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        if isinstance(found.logits, torch.Tensor):
+            found.logits = found.logits + 1.0 * torch.arange(40)
+        return found
+
+
+def made(kind):
+    torch.manual_seed(0)
+    return kind(LlamaConfig(**SMALL)).eval(), torch.randint(0, 37, (2, 5))
+
+
+def test_a_cut_of_the_vocabulary():
+    model, ids = made(Cut)
+    hidden, head, _ = take_apart(model, input_ids=ids)
+    assert head.vocab_size == 37 and head.options["vocab_size"] == 37
+    torch.testing.assert_close(head.logits(hidden), model(ids).logits)
+    want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(token_stats_of(model, {"input_ids": ids}, ids[:, 1:]).logp, want)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Clamped, "clamp"), (Masked, "__setitem__")])
+def test_what_is_not_followed_makes_logits_with_one_warning(kind, name):
+    model, ids = made(kind)
+    labels = ids[:, 1:].clone()
+    labels[(labels == 3) | (labels == 4)] = -100
+    want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    want = want.where(labels >= 0, torch.zeros(()))
+    with pytest.warns(UserWarning) as caught:
+        found = token_stats_of(model, {"input_ids": ids}, labels, check=False).logp
+    assert len(caught) == 1 and f"{name} of a model's logits is not followed" in str(caught[0].message)
+    torch.testing.assert_close(found, want)
+    mine, truth = (torch.autograd.grad(value.sum(), list(model.parameters())) for value in (found, want))
+    for one, other in zip(mine, truth, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"{kind.__name__} are not .*it does {name} to"):
+        take_apart(model, input_ids=ids, check=False)
+
+
+def test_a_model_is_checked_against_its_own_logits_once():
+    model, ids = made(Sly)
+    with pytest.raises(ValueError, match="Sly is not a head on its last hidden states: .* check=False"):
+        take_apart(model, input_ids=ids)
+    assert take_apart(model, input_ids=ids, check=False)[0].shape == (2, 5, 16)
+    calls = []
+    model, ids = made(LlamaForCausalLM)
+    model.train().model.register_forward_hook(lambda *_: calls.append(model.training))
+    for _ in range(2):
+        take_apart(model, input_ids=ids)
+    assert calls == [False, False, True, True] and model.training and model.model.layers[0].training
+
+
+def test_a_copy_made_within_does_not_keep_the_old_head():
+    model, ids = made(LlamaForCausalLM)
+    with deferred(model):
+        copied = copy.deepcopy(model)
+        inside = model(ids).logits
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2.0)
+    assert type(copied(ids).logits) is torch.Tensor
+    torch.testing.assert_close(copied(ids).logits, 2.0 * inside.made())
+    hidden, head, _ = take_apart(copied, input_ids=ids)
+    torch.testing.assert_close(head.logits(hidden), 2.0 * inside.made())
+
+
 @pytest.mark.parametrize(
     "config", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
 )
-def test_an_adapter_on_the_head_is_refused(config):
-    model = get_peft_model(make("llama"), LoraConfig(r=2, **config))
-    with pytest.raises(ValueError, match="the head carries an adapter"):
-        hidden_and_head(model)
+def test_an_adapter_on_the_head(config):
+    """A copy of the head is a head; what is added to its logits makes them."""
+    model, ids = get_peft_model(make("llama"), LoraConfig(r=2, **config)), torch.randint(0, 40, (2, 5))
+    want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    if "modules_to_save" in config:
+        found = token_stats_of(model, {"input_ids": ids}, ids[:, 1:]).logp
+        assert take_apart(model, input_ids=ids)[1].weight.requires_grad
+    else:
+        with pytest.warns(UserWarning, match="__add__ of a model's logits is not followed"):
+            found = token_stats_of(model, {"input_ids": ids}, ids[:, 1:]).logp
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="it does __add__ to them"):
+            take_apart(model, input_ids=ids)
+    torch.testing.assert_close(found, want)
 
 
 def test_a_model_without_a_head_is_refused():
-    with pytest.raises(ValueError, match="LlamaModel has no output layer"):
-        hidden_and_head(LlamaModel(CONFIGS["llama"]))
+    for refused in (hidden_and_head, take_apart):
+        with pytest.raises(ValueError, match="LlamaModel has no output layer"):
+            refused(LlamaModel(CONFIGS["llama"]))

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fused_po import linear_loss, losses
+from fused_po import linear_loss, losses, take_apart
 from fused_po.trainers.model import hidden_and_head, token_stats_of
 
 TEXT = {
@@ -149,21 +149,37 @@ def test_a_step_on_images_is_that_of_autograd() -> None:
         torch.testing.assert_close(token_stats_of(model, inputs, labels).logp.sum(1), answers.detach())
 
 
-def test_an_adapter_that_adds_tokens_is_refused() -> None:
+def test_an_adapter_that_adds_tokens() -> None:
+    torch.manual_seed(0)
     model = get_peft_model(
         LlamaForCausalLM(LlamaConfig(**TEXT)), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    with pytest.raises(ValueError, match="the adapter adds tokens"):
-        hidden_and_head(model)
+    ids = torch.randint(0, 60, (2, 5))
+    hidden, head, _ = take_apart(model, input_ids=ids)
+    want = model(input_ids=ids).logits
+    assert hidden.shape == (2, 7, 32)
+    torch.testing.assert_close(head.logits(hidden), want)
+    with pytest.raises(
+        ValueError, match=r"the model has 7 positions, and 4 labels want 5: an adapter that adds tokens"
+    ):
+        token_stats_of(model, {"input_ids": ids}, ids[:, 1:])
 
 
-def test_an_encoder_decoder_is_refused() -> None:
+def test_the_decoder_of_two() -> None:
+    torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        hidden_and_head(model)
+    inputs = {"input_ids": torch.randint(1, 60, (2, 5)), "decoder_input_ids": torch.randint(1, 60, (2, 4))}
+    hidden, head, outputs = take_apart(model.eval(), **inputs)
+    assert hidden.shape == (2, 4, 16) and outputs.encoder_last_hidden_state.shape == (2, 5, 16)
+    torch.testing.assert_close(head.logits(hidden), model(**inputs).logits)
 
 
-def test_a_head_of_several_layers_is_refused() -> None:
+def test_a_head_of_several_layers() -> None:
+    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ValueError, match="the head of BertLMHeadModel is more than one linear layer"):
-        hidden_and_head(BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, **sizes)))
+    model = BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, **sizes)).eval()
+    ids = torch.randint(0, 60, (2, 5))
+    hidden, head, _ = take_apart(model, input_ids=ids)
+    torch.testing.assert_close(head.logits(hidden), model(ids).logits)
+    # what the last of them meets
+    assert head.bias is not None and not torch.equal(hidden, model.bert(ids).last_hidden_state)

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "filelock", "stats"},
     "distributed.py": {"torch", "kernels"},
     "prices.py": {"torch"},
+    "pictures.py": {"PIL"},
     "ops": {"torch", "distributed", "prices", "stats", "kernels", "losses", "splits"},
     # knows no operation: it sees whatever runs
     "ledger": {"torch", "triton", "prices"},
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
         *("torch", "transformers", "tokenizers", "matplotlib", "jinja2", "scipy"),
-        *("advantages", "losses", "splits", "ops", "trainers", "diagnostics", "fused_po"),
+        *("advantages", "losses", "splits", "ops", "pictures", "trainers", "diagnostics", "fused_po"),
     },
 }
 

@@ -182,7 +182,7 @@ def test_the_report_holds_every_claim_with_its_plot(results, tmp_path):
     for one in findings:
         assert one.verdict in undecided
         assert f'href="#{one.claim.figure}"' in page
-        assert (tmp_path / "plots" / f"{one.claim.figure}.svg").is_file()
+        assert (tmp_path / "plots" / f"{one.claim.figure}.png").is_file()
     # a table row has the same number of cells whatever a claim says
     rows = [
         line for line in text.splitlines() if line.startswith("|") and any(f"**{one}**" in line for one in undecided)

@@ -20,11 +20,11 @@ def test_verdicts_are_those_of_the_numbers() -> None:
     assert len(stated) == len(rows)
     for row in rows:
         assert f"- **{row['verdict']}**: {row['claim']}" in text, row["claim"]
-        assert (DOCS / "study" / "plots" / f"{row['figure']}.svg").is_file()
+        assert (DOCS / "study" / "plots" / f"{row['figure']}.png").is_file()
 
 
 def test_every_claim_links_its_plot() -> None:
     items = (DOCS / "study.md").read_text(encoding="utf-8").split("\n- **")[1:]
     for claim in CLAIMS:
         (item,) = [" ".join(one.split()) for one in items if claim.text in " ".join(one.split())]
-        assert f"(study/plots/{claim.figure}.svg)" in item
+        assert f"(study/plots/{claim.figure}.png)" in item

@@ -208,6 +208,20 @@ def test_training_that_diverges_stops(data, tmp_path, capsys):
     assert "NaN" not in (output / "metrics.jsonl").read_text()
 
 
+def test_a_model_whose_head_does_more_is_refused(data, tmp_path, capsys, monkeypatch):
+    real = LlamaForCausalLM.forward
+
+    def shifted(self, *arguments, **options):
+        found = real(self, *arguments, **options)
+        found.logits = found.logits.clamp(max=1.5)
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    # whatever the reference of such a model is kept under must not hide it
+    assert main(command(data, tmp_path / "out")) == 2
+    assert "not its output layer's alone, it does clamp to them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

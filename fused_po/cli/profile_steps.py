@@ -175,7 +175,7 @@ class ModelSteps(Steps):
         super().__init__(**common)
         self.name = name
         self.model = load_model(name, _NoTokenizer(), common["seed"]).to(self.device, self.dtype)
-        self.backbone, self.head = hidden_and_head(self.model)
+        self.backbone, self.head = hidden_and_head(self.model, check=False)
         self.frozen = frozen
         self.head.weight.requires_grad_(not frozen)
         self.vocab, self.hidden = self.head.weight.shape

@@ -39,9 +39,11 @@ class Alignment:
     """G of each part of a loss, by block of parameters.
 
     Attributes:
-        values: part -> block -> G. Parts are ``PARTS`` and, with the loss's own weights replaced by their mean over the
-            batch, the same with "/no_reweighting" behind them. whole = positive + negative + rest = top + middle +
-            bottom + rest; the rest are terms and tokens without a side.
+        values: part -> block -> G. Parts are ``whole``; ``positive`` and ``negative``, its sides; ``top``, ``middle``
+            and ``bottom``, the thirds of the tokens with a side by the loss's own weight; and ``rest``, terms and
+            tokens without a side. whole = positive + negative + rest = top + middle + bottom + rest. Each stands there
+            a second time with "/no_reweighting" behind its name: with all weights replaced by their mean over the
+            batch.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -73,13 +75,15 @@ def gradient_alignment(
     step: float | None = None,
     stats: StatsOf = token_stats_of,
 ) -> Alignment:
-    """G of a loss and of its parts at the model's parameters, which are left as they were, gradients included.
+    """G: the inner product of two gradients at the model's parameters, that of a loss (or of a part of it) on examples
+    D, and that of the negative log-likelihood of D', responses of the final model. Above 0: a step on the loss makes
+    these responses more likely. The model is left as it was, gradients included.
 
     Args:
         model: any module; its parameters that require a gradient count. Put it into eval mode for G without dropout.
         batches: D; the loss is the mean over the batches. Means and thirds of weights are those of each batch.
         loss: from ``fused_po.losses.create``.
-        target: D', responses of the final model; side inputs are not read.
+        target: D'; side inputs are not read.
         method: ``exact``, inner products of gradients, a forward and backward for each part; or ``directional``, the
             change of all log-probs along the gradient of D', two forwards for all parts together.
         reduction: of the NLL over D': ``sequence``, the mean over responses of their sums (the definition), or

@@ -15,7 +15,8 @@ __all__ = ["GradientAlignmentCallback"]
 
 
 class GradientAlignmentCallback(TrainerCallback):
-    """Measures G on fixed examples every few steps and logs it as ``G/whole``, ``G/positive``, ``G/negative``, ...
+    """Measures G on fixed examples every few steps and logs it as ``G/whole``, ``G/positive``, ``G/negative``, ...;
+    ``gradient_alignment`` says what G, D and D' are.
 
     ``GradientAlignmentCallback(...).attach(trainer)`` shows it to all that read a trainer's log. A trainer's
     ``callbacks=[...]`` comes after its reporters (TensorBoard, W&B), and these then see nothing of it; ``history`` and

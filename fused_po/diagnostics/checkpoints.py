@@ -29,12 +29,14 @@ def alignment_over_checkpoints(
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> dict[Path, Alignment]:
-    """``gradient_alignment`` at each checkpoint of a run, in eval mode.
+    """G at each checkpoint of a run, in eval mode: ``gradient_alignment``, which says what D and D' are.
 
     Args:
         checkpoints: folders that ``save_pretrained`` wrote, in the order of training.
         batches: D; or a function of the model and its folder, for a D that moves with the policy (PPO's rollouts).
-        loss, target, options: as in ``gradient_alignment``.
+        loss: from ``fused_po.losses.create``.
+        target: D'.
+        options: of ``gradient_alignment``.
         tokenizer: what D and D' were encoded with; compared with the tokenizers beside the checkpoints. None: only
             labels beyond the vocabulary are noticed.
         load: from a folder to its model; default a causal language model of transformers, in float32.

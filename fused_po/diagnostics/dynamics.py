@@ -29,19 +29,26 @@ from fused_po.trainers.model import token_stats_of
 __all__ = ["Dynamics", "Histogram", "learning_dynamics"]
 
 SIDES = {"positive": 1, "negative": -1}
+# of a histogram, as a share of the largest value
+LEAST_WIDTH = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Histogram:
     """Counts of values between edges.
 
     Attributes:
         counts: (bins,) float64.
-        edges: (bins + 1,) float64, from the smallest to the largest value.
+        edges: (bins + 1,) float64, from the smallest to the largest value; where all are alike to 1e-6 of the largest,
+            around them at that distance.
     """
 
     counts: Tensor
     edges: Tensor
+
+    def __repr__(self) -> str:
+        low, high = self.edges[0].item(), self.edges[-1].item()
+        return f"Histogram({self.counts.sum().item():.0f} values from {low:.6g} to {high:.6g}, {len(self.counts)} bins)"
 
 
 @dataclass(frozen=True)
@@ -148,4 +155,11 @@ def _histogram(values: Tensor, bins: int) -> Histogram:
         return Histogram(
             torch.zeros(bins, dtype=torch.float64), torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64)
         )
-    return Histogram(*torch.histogram(values.double(), bins))
+    values = values.double()
+    low, high = values.min().item(), values.max().item()
+    # edges between neighbouring numbers would be the same number
+    room = LEAST_WIDTH * max(abs(low), abs(high)) or 0.5
+    if high - low < room:
+        middle = (low + high) / 2
+        low, high = middle - room, middle + room
+    return Histogram(*torch.histogram(values, bins, range=(low, high)))

@@ -39,7 +39,7 @@ StatsOf = Callable[[nn.Module, Mapping[str, Any], Tensor, Sequence[str]], Stats]
 
 @dataclass(frozen=True)
 class Examples:
-    """A batch of D or of D'.
+    """A batch of examples: of D, on which a loss is taken, or of D', the responses of a final model.
 
     Attributes:
         inputs: what the model takes; (B, S) each for a causal language model.

@@ -25,7 +25,7 @@ from fused_po.kernels.select import select
 
 __all__ = ["BACKENDS", "block_mm", "block_mm_t", "choose", "kept_blocks", "leaves_out"]
 
-BACKENDS = {"triton": "fused_po.kernels.triton_blocks", "reference": "fused_po.kernels.reference_blocks"}
+BACKENDS = {"triton": f"{__package__}.triton_blocks", "reference": f"{__package__}.reference_blocks"}
 # shares are added as whole numbers of this: an order of additions that does not matter needs no deterministic mode
 UNIT = 2.0**-40
 

@@ -243,6 +243,8 @@ class Recipe:
 
     def _ninja_file(self, target: Path) -> str:
         includes = [part for folder in _include_folders() for part in ("-isystem", folder)]
+        # pip's toolkit keeps its libraries in lib, where nvcc itself looks in lib64 alone
+        libraries = f"-L{self.toolkit.nvcc.parent.parent / 'lib'}"
         lines = [
             f"nvcc = {_quoted([str(self.toolkit.nvcc)])}",
             f"flags = {_quoted([*self.flags, *includes])}",
@@ -252,7 +254,7 @@ class Recipe:
             "  deps = gcc",
             "rule link",
             # the CUDA runtime goes in: the module then needs no other library than the driver's
-            f"  command = $nvcc -shared -cudart=static {_quoted(self._targets)} $in -o $out",
+            f"  command = $nvcc -shared -cudart=static {_quoted([*self._targets, libraries])} $in -o $out",
         ]
         sources = sorted(path for path in self.sources.resolve().iterdir() if path.suffix in {".cu", ".cpp"})
         objects = [f"{path.name}.o" for path in sources]
@@ -330,14 +332,18 @@ def _include_folders() -> list[str]:
 
 def _refuses(log: str) -> bool:
     """Whether a log tells of the sources, and not of a full disk or of a process that was ended."""
-    passing = r"no space left|cannot allocate|out of memory|killed|terminated|quota|input/output error"
+    passing = (
+        r"no space left|cannot allocate|out of memory|killed|terminated|quota|input/output error"
+        # a library of the toolkit that is not installed
+        r"|cannot find -l"
+    )
     return re.search(r"\berror\b", log, re.IGNORECASE) is not None and not re.search(passing, log, re.IGNORECASE)
 
 
 def _gist(log: str) -> str:
     """The compiler's own words out of a log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    errors = [line for line in lines if re.search(r"\b(error|fatal|cannot find)\b", line, re.IGNORECASE)]
     return "\n".join(errors[:6] or lines[-6:])
 
 

@@ -58,7 +58,7 @@ def unsupported(kernel: str, x: Tensor) -> str | None:
     The first question about a tensor on a GPU may build the extension.
     """
     if not x.is_cuda:
-        return f"{x.device.type} tensors need a CUDA GPU"
+        return f"it runs on a CUDA GPU, and the tensors are on {x.device.type!r}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is left to the reference"
     if x.stride(1) != 1 and x.shape[1] > 1:

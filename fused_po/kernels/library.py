@@ -15,9 +15,9 @@ from fused_po.kernels.select import select, unsupported
 
 __all__ = ["REGRAD_BACKENDS", "row_grad", "row_regrad", "row_softmax", "row_stats", "scale"]
 
-SCALE_BACKENDS = {"triton": "fused_po.kernels.triton_scale", "reference": "fused_po.kernels.reference"}
+SCALE_BACKENDS = {"triton": f"{__package__}.triton_scale", "reference": f"{__package__}.reference"}
 # those that turn G into dL/dx
-REGRAD_BACKENDS = {"triton": "fused_po.kernels.triton_regrad", "reference": "fused_po.kernels.reference"}
+REGRAD_BACKENDS = {"triton": f"{__package__}.triton_regrad", "reference": f"{__package__}.reference"}
 
 
 def row_stats(

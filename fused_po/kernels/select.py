@@ -15,9 +15,9 @@ __all__ = ["BACKENDS", "requested_backend", "select", "unsupported"]
 
 # in the order of preference
 BACKENDS = {
-    "cuda": "fused_po.kernels.cuda",
-    "triton": "fused_po.kernels.triton_rows",
-    "reference": "fused_po.kernels.reference",
+    "cuda": f"{__package__}.cuda",
+    "triton": f"{__package__}.triton_rows",
+    "reference": f"{__package__}.reference",
 }
 
 logger = logging.getLogger("fused_po")

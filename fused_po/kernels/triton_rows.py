@@ -264,7 +264,7 @@ def unsupported(kernel: str, x: Tensor) -> str | None:
         return "columns must be contiguous"
     if x.is_cuda or (INTERPRETED and x.device.type == "cpu"):
         return None
-    return f"{x.device.type} tensors need a CUDA GPU, or TRITON_INTERPRET=1 on a CPU"
+    return f"it runs on a CUDA GPU (on a CPU with TRITON_INTERPRET=1), and the tensors are on {x.device.type!r}"
 
 
 def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outputs: tuple[str, ...]) -> Tensor:

@@ -85,13 +85,6 @@ class Ledger:
         found = [Line(line, name, times[line, name], price) for (line, name), price in prices.items()]
         return sorted(found, key=lambda line: -line.seconds)[:count]
 
-    def launches_by_file(self) -> dict[str, int]:
-        """Launches by the file that asks for them, the most first."""
-        found: Counter[str] = Counter()
-        for one in self.operations:
-            found[one.line.rpartition(":")[0]] += one.launches
-        return dict(found.most_common())
-
     def table(self, device: Device, count: int = 8) -> str:
         """Sums and the dearest lines, on paper."""
         lines = [

@@ -26,10 +26,11 @@ OPTIONAL = frozenset({"old_logp", "sampling_logp", "importance_weight", "row_wei
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of a call, or of a chunk of whole horizons, packed sequence after sequence.
+    """The N loss tokens of a call, or of a chunk of it, packed sequence after sequence, and what a loss reads of them
+    beside the statistics.
 
-    Side inputs are tagged by the shape they were given in, so nothing broadcasts silently: read them with ``token``,
-    ``sequence`` or ``scalar``.
+    A loss reads side inputs by ``token``, ``sequence`` or ``scalar``, which heed the shape that they were given in, and
+    sums by the reductions below, which heed ``mask`` and divide by the counts of the whole call.
 
     Attributes:
         segments: (B,) int64, rows of each sequence; they sum to N.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["HORIZONS", "Batch", "Loss", "listed", "total"]
+__all__ = ["HORIZONS", "Batch", "Loss", "check_terms", "has_sides", "listed", "meant", "require_sides", "total"]
 
 # a loss must see a whole horizon at once, the planner never cuts one
 HORIZONS = ("token", "sequence", "pair", "group", "batch")
@@ -23,17 +24,21 @@ HORIZONS = ("token", "sequence", "pair", "group", "batch")
 class Loss(ABC):
     """A preference or policy loss: hyper-parameters (Python numbers) and a pure function of statistics and batch.
 
-    The clauses, held by property tests over the whole registry: *additive* over horizon-aligned splits of a call;
-    *local* to a horizon and reading only what ``needs`` says; *finite* on every legal input.
+    To write one, derive a frozen dataclass, declare ``horizon`` and ``needs``, return the value from ``__call__`` and
+    put ``register(name)`` on top. Tests hold every registered loss to three clauses. *Additive*: a call may be cut
+    between horizons, and the values and gradients of the pieces sum to those of the whole. *Local*: the coefficients
+    of a horizon depend on nothing outside it, and on nothing that ``needs`` does not name. *Finite* on legal inputs.
 
     Attributes:
         name: the registered name.
-        horizon: one of ``HORIZONS``.
+        horizon: what the loss must see whole to know its coefficients, one of ``HORIZONS``. A call is never cut inside
+            one.
         needs: names of the statistics and side inputs that the value reads, detached reads included.
-        reports: names of further statistics that the metrics read.
-        differentiates: the statistics that gradients flow through.
-        sided: names of the terms that have sides; others (KL, NLL, entropy) have none.
-        weighs_sequences: the loss's own weight is one per sequence, not per token.
+        reports: names of further statistics that only the metrics read.
+        differentiates: names of the statistics that gradients flow through.
+        sided: names of the terms of the value whose tokens have a side, see ``role``: those that a ``Split`` scales.
+            Other terms (KL, NLL, entropy) have none.
+        weighs_sequences: the loss's own weight, see ``weight``, is one number for each sequence; False: for each token.
     """
 
     name: ClassVar[str]
@@ -60,28 +65,32 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
-        """This batch's share of the loss, a scalar per named term; the loss is their sum.
+        """The loss of some whole horizons: a scalar for each named term. The sum of the terms over all horizons of a
+        call is the loss, so means divide by what the ``batch`` says of the whole call (``batch.mean_pairs`` does).
 
         Args:
             stats: packed statistics (N,), those that ``needs`` names.
-            batch: whole horizons.
+            batch: the same tokens, with their side inputs.
         """
 
     def role(self, batch: Batch) -> Tensor:
-        """The side of each token (N,): +1 to be learned, -1 to be unlearned, 0 neither (arXiv 2512.00778)."""
+        """The side of each token (N,), which a ``Split`` goes by (arXiv 2512.00778): +1 is to be learned (a chosen
+        answer, a positive advantage), -1 to be unlearned, 0 neither.
+        """
         return torch.zeros_like(batch.chosen, dtype=torch.float64)
 
     def weight(self, c: Tensor, batch: Batch) -> Tensor:
-        """The loss's own weight of each token (N,), >= 0 (arXiv 2512.00778: what reweighting changes).
+        """How much each token counts (N,), >= 0: what the reweighting of a ``Split`` changes (arXiv 2512.00778). By
+        default the size of its coefficient.
 
         Args:
-            c: (N,), the coefficients of the sided terms.
+            c: (N,), dL/dlogp of the terms that have sides.
         """
         return c.abs()
 
     @property
     def has_unsided_terms(self) -> bool:
-        """Some terms have no side."""
+        """Some terms of the value have no side: their names are not in ``sided``."""
         return False
 
     def silent(self, batch: Batch) -> Tensor | None:
@@ -105,9 +114,10 @@ class Loss(ABC):
         return ((1.0, self),)
 
     def pattern(self, batch: Batch) -> Tensor | None:
-        """(N,) with dL/dlogp = a scalar of the horizon times this, or None where there is no such thing.
+        """Known numbers (N,) of which dL/dlogp, over the tokens of a horizon, is one unknown multiple; None: unknown.
 
-        It lets one horizon larger than the memory budget be accumulated before its coefficient is known.
+        For pairs that are compared by summed log-probs: +1 on chosen tokens, -1 on rejected ones. Gradients of a
+        horizon larger than the memory budget can then be summed before the multiple is known: 3 GEMMs and not 4.
         """
         return None
 
@@ -120,8 +130,11 @@ class Loss(ABC):
         """What kernels must compute for value and metrics, in the order of ``STATISTICS``."""
         return tuple(name for name in STATISTICS if name in self.needs or name in self.reports)
 
-    def check(self, given: frozenset[str]) -> None:
+    def check(self, given: frozenset[str], arguments: frozenset[str] = frozenset()) -> None:
         """Check the names of side inputs.
+
+        Args:
+            arguments: other names that the operation takes, which may have been meant.
 
         Raises:
             ValueError: a name that no loss knows, one that this loss does not read, or a missing one.
@@ -130,7 +143,8 @@ class Loss(ABC):
         unknown = given - SIDE_INPUTS
         if unknown:
             raise ValueError(
-                f"unknown argument or side input {listed(unknown)}: expected side inputs among {listed(SIDE_INPUTS)}"
+                f"unknown argument or side input {listed(unknown)}{meant(unknown, SIDE_INPUTS | arguments)}: "
+                f"expected side inputs among {listed(SIDE_INPUTS)}"
             )
         unread = given - reads
         if unread:
@@ -140,9 +154,58 @@ class Loss(ABC):
             raise ValueError(f"loss {self.name!r} needs {listed(missing)}")
 
 
+def has_sides(loss: Loss) -> bool:
+    """Whether some part of a loss says which side its tokens are on."""
+    return any(type(part).role is not Loss.role for _, part in loss.parts)
+
+
+def require_sides(loss: Loss, what: str) -> None:
+    """Whether some token of a loss has a side.
+
+    Args:
+        what: would do nothing without one.
+
+    Raises:
+        ValueError: no part of the loss has a ``role``.
+    """
+    if not has_sides(loss):
+        raise ValueError(
+            f"{what} does nothing to loss {loss.name!r}, which has no sides: a loss has them where its class defines "
+            "role(batch) -> (N,), +1 for tokens to be learned, -1 for tokens to be unlearned, 0 for neither"
+        )
+
+
+def check_terms(loss: Loss, names: Iterable[str]) -> None:
+    """Whether the terms of a loss are what it declares of their sides.
+
+    Args:
+        names: of the terms that it returned.
+
+    Raises:
+        ValueError: it has a ``role`` but no term with sides, or terms without sides that it does not announce.
+    """
+    unsided = frozenset(names) - loss.sided
+    if has_sides(loss) and unsided and unsided == frozenset(names):
+        raise ValueError(
+            f"loss {loss.name!r} has sides, but none of its terms ({listed(unsided)}) is declared to have them: name "
+            f"the term {listed(Loss.sided).replace(', ', ' or ')}, or declare sided: ClassVar = frozenset({{...}})"
+        )
+    if unsided and not loss.has_unsided_terms:
+        raise ValueError(
+            f"loss {loss.name!r} returns terms without sides ({listed(unsided)}), so its has_unsided_terms must be True"
+        )
+
+
 def total(terms: dict[str, Tensor]) -> Tensor:
     """The loss: the sum of its terms."""
     return torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
+
+
+def meant(wrong: Iterable[str], known: Iterable[str]) -> str:
+    """Words for a message: the known name nearest to each wrong one; nothing where none is near."""
+    choices = sorted(known)
+    near = [match for name in sorted(wrong) for match in difflib.get_close_matches(str(name), choices, 1, 0.7)]
+    return f" (did you mean {', '.join(dict.fromkeys(near))}?)" if near else ""
 
 
 def listed(items: Iterable[str]) -> str:

@@ -53,7 +53,8 @@ class ClipCov(CovarianceLoss):
 
     Args:
         clip_cov_ratio: 2e-4, share of the call's tokens that is dropped, at least one token.
-        clip_cov_lb, clip_cov_ub: 1.0 and 5.0.
+        clip_cov_lb: 1.0.
+        clip_cov_ub: 5.0.
         seed: 0.
     """
 

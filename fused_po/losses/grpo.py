@@ -264,8 +264,10 @@ class Vespo(TokenMeanLoss):
     token, log w to [log 1e-8, 20], as in TRL.
 
     Args:
-        vespo_k_pos, vespo_lambda_pos: k = 2.0 and lambda = 3.0 where A >= 0.
-        vespo_k_neg, vespo_lambda_neg: k = 3.0 and lambda = 2.0 elsewhere.
+        vespo_k_pos: k where A >= 0, 2.0.
+        vespo_lambda_pos: lambda where A >= 0, 3.0.
+        vespo_k_neg: k elsewhere, 3.0.
+        vespo_lambda_neg: lambda elsewhere, 2.0.
     """
 
     vespo_k_pos: float = 2.0
@@ -354,7 +356,8 @@ class Gmpo(Grpo):
     ``top_entropy_quantile`` the other tokens leave the geometric mean.
 
     Args:
-        epsilon, epsilon_high: 0.4, clip range of the log-ratio: ratios in [e^-epsilon, e^epsilon_high].
+        epsilon: 0.4, clip range of the log-ratio: ratios in [e^-epsilon, e^epsilon_high].
+        epsilon_high: likewise, default ``epsilon``.
         use_bias_correction_kl: False, as in TRL.
     """
 

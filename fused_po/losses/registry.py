@@ -7,7 +7,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import TypeVar
 
-from fused_po.losses.contract import Loss, listed
+from fused_po.losses.contract import Loss, listed, meant
 from fused_po.losses.mixture import Mixture
 
 __all__ = ["create", "names", "register"]
@@ -85,7 +85,10 @@ def create(
 
 def _known(name: str) -> frozenset[str]:
     if name not in _registry:
-        hint = f" ({OTHER_NAMES[name]!r} is that loss)" if name in OTHER_NAMES else ""
+        if name in OTHER_NAMES:
+            hint = f" ({OTHER_NAMES[name]!r} is that loss)"
+        else:
+            hint = meant([name], [*_registry, *OTHER_NAMES])
         raise ValueError(f"unknown loss {name!r}{hint}: expected one of {', '.join(names())}")
     return frozenset(field.name for field in fields(_registry[name]) if field.init)
 
@@ -93,7 +96,8 @@ def _known(name: str) -> frozenset[str]:
 def _refuse_unknown(who: str, known: frozenset[str], given: dict[str, object]) -> None:
     unknown = frozenset(given) - known
     if unknown:
-        raise ValueError(f"{who} has no hyper-parameter {listed(unknown)}; it has {listed(known) or 'none'}")
+        hint = meant(unknown, known)
+        raise ValueError(f"{who} has no hyper-parameter {listed(unknown)}{hint}; it has {listed(known) or 'none'}")
 
 
 def _check_types(cls: type[Loss], given: dict[str, object]) -> None:

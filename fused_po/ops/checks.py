@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fused_po.losses.contract import meant
 from fused_po.ops.devices import has_values
 from fused_po.stats import STATISTICS
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_outputs",
     "check_scalars",
     "looks_at",
+    "refuse_transforms",
     "require_floating",
     "require_number",
     "require_real",
@@ -59,6 +61,15 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         raise ValueError(f"vocab_size must lie in [1, {weight.shape[0]}], the rows of weight: got {vocab_size}")
     require_floating(hidden=hidden, weight=weight, bias=bias)
     same_device(hidden, weight=weight, bias=bias, labels=labels)
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise RuntimeError inside ``torch.func``'s transforms: an operation makes its gradient itself, and once."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{what} does not run inside torch.func (grad, vjp, jvp, vmap) and its relatives: take .backward() or "
+            "torch.autograd.grad, and give a batch as one call"
+        )
 
 
 def require_tensors(**given: object) -> None:
@@ -185,7 +196,8 @@ def check_outputs(outputs: Sequence[str]) -> None:
         raise ValueError(f"outputs must be a sequence of names from {', '.join(STATISTICS)}: got {outputs!r}")
     for name in outputs:
         if name not in STATISTICS:
-            raise ValueError(f"unknown output {name!r}: expected some of {', '.join(STATISTICS)}")
+            hint = meant([name], STATISTICS)
+            raise ValueError(f"unknown output {name!r}{hint}: expected some of {', '.join(STATISTICS)}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, count: int) -> Tensor:
@@ -258,9 +270,15 @@ def _spread_temperatures(
         return values.unsqueeze(1).expand(labels.shape).reshape(-1)
     if spread is not None and values.ndim == 1:
         return values.index_select(0, spread)
-    raise ValueError(
-        f"temperature must be a number, (B,) or the shape of labels {_shape(labels)}: got {_shape(values)}"
-    )
+    if labels.ndim == 1 and spread is None:
+        raise ValueError(
+            f"temperature of packed labels must be a number or one per token, {_shape(labels)}; one per sequence needs "
+            "linear_loss or linear_token_stats with cu_seqlens, or temperature.repeat_interleave(lengths): "
+            f"got {_shape(values)}"
+        )
+    by_sequence = f"{tuple(labels.shape[:1])}" if labels.ndim == 2 else "one per sequence"
+    wanted = f"a number, {by_sequence} or the shape of labels {_shape(labels)}"
+    raise ValueError(f"temperature must be {wanted}: got {_shape(values)}")
 
 
 def looks_at(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss, total
+from fused_po.losses.contract import Batch, Loss, check_terms, total
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
@@ -19,7 +19,7 @@ __all__ = ["coefficients", "loss_value", "sided_coefficients", "silent_rows"]
 
 
 def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = None) -> tuple[Tensor, Coefficients]:
-    """A loss's value and (c, e, l) = dL/d(logp, entropy, lse), DESIGN: "a preference loss is a set of coefficients".
+    """A loss's value and its coefficients (c, e, l) = dL/d(logp, entropy, lse).
 
     Args:
         loss: any loss.
@@ -38,8 +38,10 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
     value = stats.logp.new_zeros((), dtype=torch.float64)
     summed: dict[str, Tensor] = {}
     for factor, part in loss.parts:
-        rest_value, rest = _derivatives(partial(_terms, part.sided, False), part, stats, batch)
-        sided_value, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
+        seen: set[str] = set()
+        rest_value, rest = _derivatives(partial(_terms, part.sided, False, seen), part, stats, batch)
+        sided_value, sided = _derivatives(partial(_terms, part.sided, True, seen), part, stats, batch)
+        check_terms(part, seen)
         c = sided["logp"]
         sided["logp"] = split(c, part.role(batch), part.weight(c, batch), batch, part)
         value = value + factor * (rest_value + sided_value)
@@ -59,7 +61,7 @@ def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
     """dL/dlogp (N,) float64 of the terms that have sides, before any split."""
     found = torch.zeros_like(batch.token_lengths, dtype=torch.float64)
     for factor, part in loss.parts:
-        _, sided = _derivatives(partial(_terms, part.sided, True), part, stats, batch)
+        _, sided = _derivatives(partial(_terms, part.sided, True, set()), part, stats, batch)
         found = found + factor * sided["logp"]
     return found
 
@@ -85,7 +87,10 @@ def silent_rows(loss: Loss, batch: Batch, split: Split | None = None) -> Tensor 
     return found
 
 
-def _terms(sided: frozenset[str], wanted: bool, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _terms(sided: frozenset[str], wanted: bool, seen: set[str], terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    # what is written outside can't be traced
+    if not torch.compiler.is_compiling():
+        seen.update(terms)
     return {name: term for name, term in terms.items() if (name in sided) == wanted}
 
 

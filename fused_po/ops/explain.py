@@ -11,6 +11,7 @@ from fused_po.ops.gradients import Wanted
 from fused_po.ops.peaks import peak
 from fused_po.ops.routes import Route
 from fused_po.ops.sizes import Sizes
+from fused_po.prices import DEVICES, Device
 
 __all__ = ["explain"]
 
@@ -30,21 +31,27 @@ def explain(
     """The route of a call whose gradients come through log-probs, a line for each decision.
 
     Args:
-        rows: N, tokens that carry loss.
+        rows: N, tokens that carry loss; of none, a line says so.
         hidden_size: H.
         vocab_size: V.
         operation: ``linear_loss``, of a loss whose horizons fit a chunk, or ``linear_token_stats``.
         dtype: of products: that of autocast, or of the hidden states.
         weight_dtype: of the weight; default ``dtype``.
         trainable: the head is trained; False: frozen, as under LoRA.
-        device: decides the default budget.
+        device: decides the default budget; a GPU's name, such as ``"h100"``, also whose prices the last lines take. The
+            route itself is chosen by the prices of one device, so that it is the same on every machine.
         scratch_bytes: as in the operations; default 1 GiB on a GPU, 96 MiB on a CPU.
 
     Raises:
-        ValueError: sizes below 1, an unknown operation, no dtype of floats, or no budget.
+        ValueError: sizes below 1 or not whole, an unknown operation or device, no dtype of floats, or no budget.
     """
-    if min(rows, hidden_size, vocab_size) < 1:
-        raise ValueError(f"rows, hidden_size and vocab_size must be positive: got {rows, hidden_size, vocab_size}")
+    for name, size in (("rows", rows), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        require_number(name, size, whole=True)
+    if rows < 0 or min(hidden_size, vocab_size) < 1:
+        raise ValueError(
+            "hidden_size and vocab_size must be positive, and rows not negative: "
+            f"got {hidden_size}, {vocab_size} and {rows}"
+        )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point torch.dtype, such as torch.bfloat16: got {dtype!r}")
     if scratch_bytes is not None:
@@ -54,12 +61,14 @@ def explain(
     if operation not in ("linear_loss", "linear_token_stats"):
         raise ValueError(f"operation must be linear_loss or linear_token_stats: got {operation!r}")
     fused = operation == "linear_loss"
-    kind = torch.device(device).type
+    kind, prices = _device(device)
     scratch = DEFAULT_SCRATCH_BYTES.get(kind, GIB) if scratch_bytes is None else scratch_bytes
     stored = dtype if weight_dtype is None else weight_dtype
+    if not rows:
+        return "0 rows: no label carries loss, so the head is not run"
     sizes = Sizes(hidden_size, vocab_size, dtype, stored, Wanted(True, trainable, False), scratch)
     route = Route.of(sizes, rows, fused=fused, unscaled=fused)
-    costs = route_seconds(route, rows, fused=fused)
+    costs = route_seconds(route, rows, fused=fused, on=prices)
     total, products = sum(costs.values()), costs["the products"]
     most = peak(route, rows, fused=fused, plain=True, widens=kind == "cpu" and dtype.itemsize < 4)
     lines = [
@@ -69,9 +78,19 @@ def explain(
         *_decisions(route, rows, fused),
         f"at the peak: {_size(most.scratch)} of tiles, products and copies"
         + (f", {_size(most.accumulator)} of dW in a wider dtype" if most.accumulator else ""),
-        f"on paper, {PRICES.name}: {_time(total)}, {total / products:.3f} times the products alone",
+        f"on paper, {prices.name}: {_time(total)}, {total / products:.3f} times the products alone",
     ]
     return "\n".join([*lines, *(f"  {name}: {_time(seconds)}" for name, seconds in costs.items() if seconds)])
+
+
+def _device(given: torch.device | str) -> tuple[str, Device]:
+    """The type of a device, and whose prices are its."""
+    if isinstance(given, str) and given.lower() in DEVICES:
+        return "cuda", DEVICES[given.lower()]
+    try:
+        return torch.device(given).type, PRICES
+    except RuntimeError:
+        raise ValueError(f"device must be one of torch's, or {', '.join(DEVICES)}: got {given!r}") from None
 
 
 def _beside(sizes: Sizes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +16,10 @@ from torch.torch_version import TorchVersion
 
 from fused_po.kernels.blocks import leaves_out
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import Batch, Loss, require_sides
 from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
-from fused_po.ops.checks import check_outputs, require_number
+from fused_po.ops.checks import check_outputs, refuse_transforms, require_number
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, add_scaled, scaled
 from fused_po.ops.loss_pass import LossPass
@@ -26,7 +27,7 @@ from fused_po.ops.output import LossOutput, SplitGradients, part_names
 from fused_po.ops.planning import Plan
 from fused_po.ops.sweep import Sweep
 from fused_po.ops.workspace import Workspace
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import STATISTICS, Stats
 
 if TYPE_CHECKING:
@@ -64,18 +65,21 @@ def linear_loss(
 ) -> LossOutput:
     """The loss of a batch and, in the same pass, its gradients: 3 GEMMs with a trainable head, 2 with a frozen one.
 
-    The gradients are made in the forward, and scaled in the backward. Of a short call (N <= H where all dtypes are
-    alike) the gradient tiles are no larger than dW: they wait, and GEMM 2 and 3 run in the backward, so that two calls
-    before one backward hold their tiles twice. A longer call is cut into chunks of whole horizons of the loss (tokens,
-    sequences, pairs, ...). A horizon larger than a chunk still costs 3 GEMMs if the loss's coefficients are one scalar
-    times a known pattern and the call is that one horizon, else 4 less the share of its tiles that fit.
-    ``Plan.explain`` says what a call does. There is one backward: another raises.
+    A GEMM is a product of N tokens, H and V: GEMM 1 makes logits, GEMM 2 the gradient of the hidden states, GEMM 3 that
+    of the weight, dW. Gradients are made in the forward and multiplied in the backward by what arrives there. So there
+    is one backward, and another raises.
+
+    A long call is cut into chunks. Each holds whole horizons: what the loss must see at once (a token, a sequence, a
+    pair, ...). A horizon that is larger than a chunk costs 3 GEMMs too where the loss has a ``pattern`` and the call
+    holds nothing else; otherwise up to 4, since some logits are made twice. A short call (N <= H where all dtypes are
+    alike) keeps the gradients of its logits and runs GEMM 2 and 3 in the backward, so two calls before one backward
+    hold them twice. ``Plan.explain`` says what a call does.
 
     Args:
         hidden: (B, S, H), or packed (N, H) with ``cu_seqlens``; floating point, any strides: a slice such as
             ``hidden[:, :-1]`` is not copied. Pairs: first half of the sequences chosen, second half rejected.
-        weight: (V, H), floating point; cast to the compute dtype (that of autocast if on, else of hidden) where it is
-            stored in another, once a call.
+        weight: (V, H), floating point; cast once a call where it is stored in another dtype than the compute dtype,
+            which is that of autocast if that is on, else of hidden.
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         loss: from ``fused_po.losses.create``.
         bias: (V,) or None.
@@ -85,7 +89,7 @@ def linear_loss(
         logit_scale: multiplies the raw logits (Cohere, Granite).
         cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences; packed without it is one sequence.
         num_items: number of loss tokens to normalise by (all ranks, gradient accumulation); default counted from this
-            call.
+            call. A tensor of 0, as where no rank has a loss token, divides by 1; the number 0 is an error.
         num_sequences: number of sequences to normalise by, twice that of pairs; default counted from this call.
         num_chosen_items: number of loss tokens of the chosen answers to normalise by, for the NLL of ``cpo``, ``orpo``
             and paired ``sft``; default counted from this call. With the normalisers given, the gradients of
@@ -93,35 +97,36 @@ def linear_loss(
             ``not_additive`` is None.
         split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``); the reported
             loss is not changed by it, its gradient is.
-        split_gradients: True also returns the gradients of the positive and the negative part (``.split_gradients``),
-            of the rows on each side and all that the loss makes of them; ``"thirds"`` those of the top, middle and
-            bottom third by the loss's own weight, which makes the batch the horizon. No further FLOP: the parts share
-            the rows. It costs a dW for each part and a copy of dH, outside ``scratch_bytes``, and waits for each tile
-            once.
-        max_dropped_mass: in [0, 1), 0.0: exact. Above, GEMM 2 and 3 leave out blocks of the vocabulary where a row's
-            gradient is negligible: of its L1 mass, 2 (1 - p_y) times coefficient and slope for a loss in logp, no row
-            loses more than this share. Value, statistics and the gradient of the bias stay exact. Pays where rows are
-            peaked: 1e-3 leaves most blocks out there, and none of a flat row. On a GPU nothing is left out unless a
-            backend is named, and a warning says so.
+        split_gradients: True also returns the gradients of the parts of the loss, as ``.split_gradients``: that of the
+            tokens on the positive side, of those on the negative one, and of the rest. ``"thirds"`` returns those of
+            the top, middle and bottom third of the tokens by the loss's own weight, which makes the batch the horizon.
+            Parts share the tokens out among them and take no further GEMM. They cost a dW each and a copy of the
+            gradient of the hidden states, outside ``scratch_bytes``, and the host waits once for each tile.
+        max_dropped_mass: in [0, 1); 0.0, the default, is exact. Above, GEMM 2 and 3 leave out blocks of the vocabulary
+            in which a token's gradient is negligible. No token loses more than this share of the sum over classes of
+            its gradient's absolute values. Value, statistics and the gradient of the bias stay exact. It pays where
+            labels are likely: 1e-3 leaves out most blocks of such tokens, and none where the probability is spread out.
+            On a GPU nothing is left out unless a backend is named, and a warning says so.
         outputs: names of statistics that ``.stats`` holds beside those that the loss reads.
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
-            CPU. Beside it a call may spend the room of one dW in float32, where the weight is trained and narrower
-            than that, and a copy of a weight that is stored wider than products take it. Less than one row needs is
-            raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once, and for advantages of 0 (while
-            tracing, one from shapes alone). With a plan a call on a GPU does not look for rows without a gradient.
-        process_group: the ranks over which the vocabulary is sharded, in its order; weight and bias are this rank's
-            rows, of which every rank has as many, all else is the same on every rank. dW is that of the shard, dH that
-            of the whole head, on every rank.
+            CPU. Two things come on top: the room of one gradient of the weight in float32, where the weight is trained
+            and stored in a narrower dtype; and a copy of the weight in the compute dtype, where it is stored in a
+            wider one. A bound below what one row needs is raised to that.
+        plan: from ``make_plan``. None makes one, for which the host waits once, to look at labels and advantages (while
+            tracing: one from shapes alone). With a plan, a call on a GPU does not look for tokens without a gradient.
+        process_group: the ranks over which the vocabulary is sharded, in its order. Weight and bias are this rank's
+            rows, as many on every rank; all else is the same on every rank. On every rank the gradient of the weight is
+            that of the shard, and the gradient of the hidden states that of the whole head.
         vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
         backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
-        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds dW to it, and the weight gets no
-            gradient (Megatron's fused accumulation).
-        gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it, a
-            backward that needs the head enters it again.
-        side_inputs: tensors, used detached: ``ref_logp`` and ``old_logp`` (B,) = sum over a sequence's loss tokens,
-            or per token in the shape of labels, which policy losses want; ``advantage``, ``importance_weight``,
-            ``row_weight`` (B,) or per token; ``desirable`` (B,) bool; ``kl``, ``shift`` scalars.
+        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds the gradient of the weight to it, and
+            ``weight.grad`` stays None (Megatron's fused accumulation).
+        gather: for a head whose weight is whole only inside a context (ZeRO-3): ``gather(weight, bias)`` makes that
+            context. Call inside it; a backward that needs the head enters it again.
+        side_inputs: what the loss reads besides, by name; used detached. ``ref_logp``, ``old_logp`` and
+            ``sampling_logp``: (B,), the sum over a sequence's loss tokens, or per token in the shape of labels, which
+            policy losses want. ``advantage``, ``importance_weight``, ``row_weight``: (B,) or per token. ``desirable``:
+            (B,) bool. ``nll_mask``: bool in the shape of labels. ``kl``, ``shift``: scalars.
 
     Returns:
         LossOutput.
@@ -130,11 +135,11 @@ def linear_loss(
         ValueError: shapes, dtypes, devices, labels, numbers or side inputs that do not fit the call or the loss.
     """
     _refuse_older_traces()
+    refuse_transforms("linear_loss")
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
-    loss.check(frozenset(side_inputs))
-    if split is not None and not isinstance(split, Split):
-        raise ValueError(f"split must be a fused_po.Split, as the presets of fused_po.splits return: got {split!r}")
+    loss.check(frozenset(side_inputs), _ARGUMENTS)
+    check_split(split, loss)
     if outputs != ():
         check_outputs(outputs)
     ready = prepare(
@@ -165,6 +170,8 @@ def linear_loss(
         _warn_inside_checkpoint()
     batch = call_batch(layout, side_inputs, num_items, num_sequences, torch.float64, num_chosen_items)
     names = part_names(split_gradients)
+    if names:
+        require_sides(loss, "split_gradients")
     kept: dict[str, Tensor] = {}
     tensors = (ready.hidden, ready.weight, ready.bias, layout.row_labels, ready.temperatures)
     asked = tuple(name for name in STATISTICS if name in loss.statistics or name in outputs)
@@ -175,6 +182,9 @@ def linear_loss(
         shaped = Stats(**{name: layout.fill(v) for name, v in stats.present().items()})
     parts = SplitGradients.of(names, kept, layout, hidden.shape, weight.shape[0]) if names else None
     return LossOutput(value, metrics, shaped, parts)
+
+
+_ARGUMENTS = frozenset(inspect.signature(linear_loss).parameters)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare, whole
-from fused_po.ops.checks import check_outputs
+from fused_po.ops.checks import check_outputs, refuse_transforms
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
 from fused_po.ops.head import Head
@@ -39,6 +39,7 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
     scratch_bytes: int | None = None,
     plan: Plan | None = None,
     process_group: ProcessGroup | None = None,
@@ -50,36 +51,40 @@ def linear_token_stats(
     """Per-token statistics of ``z = softcap tanh(logit_scale (h W^T + b) / softcap) / T`` without ever holding all
     logits.
 
-    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias: once, as often as
-    the graph is kept; there are no second derivatives. A
-    trainable head costs 3 GEMMs, and one more for the rows whose gradient tile did not fit into memory from forward to
-    backward; a frozen one 2. Gradients through ``entropy`` or ``lse`` are made from the same tiles, in half precision,
-    without a softcap, of a trained head and in the last backward; else the logits are made again.
+    ``logp``, ``entropy`` and ``lse`` are differentiable in hidden, weight and bias, as often as the graph is kept.
+    There are no second derivatives.
+
+    A GEMM is a product of N tokens, H and V. A trainable head costs 3, and one more for the share of the tokens whose
+    gradient tile, the gradient of the log-prob at the logits, could not be kept from forward to backward; a frozen head
+    costs 2. Gradients through ``entropy`` or ``lse`` cost no further GEMM in half precision, with a trained head and no
+    softcap, in a backward after which the graph is gone. Otherwise the logits are made again.
 
     Args:
         hidden: (B, S, H) or packed (N, H), floating point, any strides: a slice such as ``hidden[:, :-1]`` is not
             copied.
-        weight: (V, H), floating point; cast to the compute dtype (that of autocast if on, else of hidden) where it is
-            stored in another, once a call.
+        weight: (V, H), floating point; cast once a call where it is stored in another dtype than the compute dtype,
+            which is that of autocast if that is on, else of hidden.
         labels: (B, S) or (N,) int64, already shifted: position t holds the token that t predicts; -100 is ignored.
         bias: (V,) or None.
         outputs: names from ``Stats``.
-        temperature: T > 0, a number, (B,), or the shape of labels.
+        temperature: T > 0, a number, (B,), or the shape of labels; with packed labels (B,) needs ``cu_seqlens``.
         softcap: caps logits (Gemma 2: 30.0); None does not.
         logit_scale: multiplies the raw logits (Cohere, Granite).
+        cu_seqlens: (B + 1,) int, cumulative lengths of packed sequences, to which temperatures (B,) belong; without
+            such temperatures it changes nothing.
         scratch_bytes: bound on the memory beyond inputs, outputs and gradients; default 1 GiB on a GPU, 96 MiB on a
-            CPU. Beside it a call may spend the room of one dW in float32, where the weight is trained and narrower
-            than that, and a copy of a weight that is stored wider than products take it. Less than one row needs is
-            raised to one row.
-        plan: from ``make_plan``; None makes one, which waits for the labels once (while tracing, one from shapes
-            alone).
+            CPU. Two things come on top: the room of one gradient of the weight in float32, where the weight is trained
+            and stored in a narrower dtype; and a copy of the weight in the compute dtype, where it is stored in a
+            wider one. A bound below what one row needs is raised to that.
+        plan: from ``make_plan``. None makes one, for which the host waits for the labels once (while tracing: one from
+            shapes alone).
         process_group: the ranks over which the vocabulary is sharded, see ``linear_loss``.
         vocab_size: classes (of all ranks), where the weight has padded rows behind them; default V.
         backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
-        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds dW to it, and the weight gets no
-            gradient (Megatron's fused accumulation).
-        gather: ``gather(weight, bias)`` is a context in which a sharded head is whole (ZeRO-3); the caller is in it,
-            backward enters it again.
+        main_grad: (V, H) float32 (float64 for float64), contiguous: backward adds the gradient of the weight to it, and
+            ``weight.grad`` stays None (Megatron's fused accumulation).
+        gather: for a head whose weight is whole only inside a context (ZeRO-3): ``gather(weight, bias)`` makes that
+            context. Call inside it; the backward enters it again.
 
     Returns:
         Statistics in the shape of labels, float32 (float64 for float64), 0 where ignored.
@@ -87,6 +92,7 @@ def linear_token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
+    refuse_transforms("linear_token_stats")
     check_outputs(outputs)
     ready = prepare(
         hidden,
@@ -96,7 +102,7 @@ def linear_token_stats(
         temperature,
         softcap,
         logit_scale,
-        None,
+        cu_seqlens,
         scratch_bytes,
         plan,
         vocab_size,

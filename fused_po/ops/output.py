@@ -11,8 +11,9 @@ from torch import Tensor
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Layout
 from fused_po.ops.coefficients import sided_coefficients
+from fused_po.ops.devices import has_values
 from fused_po.splits import tertiles
-from fused_po.stats import Stats
+from fused_po.stats import Stats, described
 
 __all__ = ["SIDES", "THIRDS", "LossOutput", "SplitGradients", "part_names", "parts_of"]
 
@@ -20,16 +21,17 @@ SIDES = ("positive", "negative", "rest")
 THIRDS = ("top", "middle", "bottom", "rest")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SplitGradients:
-    """Gradients of the parts of a loss; the parts share out the rows, so each kind sums to the whole.
+    """Gradients of the parts of a loss. Each token belongs to one part, with all that the loss makes of it, so the
+    parts sum to the whole gradient.
 
     Attributes:
-        names: ``positive``, ``negative`` and ``rest`` (tokens without a side), or ``top``, ``middle``, ``bottom`` and
-            ``rest``.
-        hidden: dH of each part, in the shape of the hidden states, 0 outside the part; empty if not wanted.
-        weight: dW (V, H) of each part; empty for a frozen head.
-        bias: db (V,) of each part.
+        names: of the parts: ``positive``, ``negative`` and ``rest`` (tokens without a side), or ``top``, ``middle``,
+            ``bottom`` and ``rest``.
+        hidden: by part, the gradient of the hidden states in their shape, 0 outside the part; empty if not wanted.
+        weight: by part, the gradient of the weight (V, H); empty for a frozen head.
+        bias: by part, the gradient of the bias (V,); empty without one.
     """
 
     names: tuple[str, ...]
@@ -56,39 +58,51 @@ class SplitGradients:
         return SplitGradients(names, hidden, **head)
 
     def norms(self) -> dict[str, dict[str, Tensor]]:
-        """The norm of the gradient of each part: by ``hidden``, ``weight`` and ``bias``, those that there are."""
+        """``norms()["weight"]["positive"]``: the norm of a part's gradient, for each kind that there is."""
         return {kind: {name: grad.double().norm() for name, grad in parts.items()} for kind, parts in self._kinds()}
 
     def inner(self, first: str = "positive", second: str = "negative") -> dict[str, Tensor]:
-        """The inner product of two parts, by kind; 0 for ``hidden``, where parts do not overlap."""
+        """The inner product of the gradients of two parts, by kind; 0 for ``hidden``, where parts do not overlap."""
         return {kind: (parts[first].double() * parts[second].double()).sum() for kind, parts in self._kinds()}
 
     def cosine(self, first: str = "positive", second: str = "negative") -> dict[str, Tensor]:
-        """How far two parts offset each other: -1 entirely, by kind; NaN where a part is 0."""
+        """The cosine between the gradients of two parts, by kind: -1 where they offset each other entirely, NaN where
+        one of them is 0.
+        """
         norms, inner = self.norms(), self.inner(first, second)
         return {kind: inner[kind] / (norms[kind][first] * norms[kind][second]) for kind in inner}
+
+    def __repr__(self) -> str:
+        kinds = (f"{kind}: {described(next(iter(parts.values())))} each" for kind, parts in self._kinds())
+        return f"SplitGradients({', '.join(self.names)}; {', '.join(kinds)})"
 
     def _kinds(self) -> list[tuple[str, Mapping[str, Tensor]]]:
         return [(kind, getattr(self, kind)) for kind in ("hidden", "weight", "bias") if getattr(self, kind)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossOutput:
     """What ``linear_loss`` and ``stats_loss`` return.
 
     Attributes:
         loss: (), float32 (float64 for float64); call ``.backward()`` on it, once.
         metrics: detached scalars, named as TRL names them.
-        stats: detached, in the shape of labels, those statistics that the loss and its metrics read, and
-            those asked for; 0 where ignored.
-        split_gradients: gradients of the parts, where they were asked for; those of the loss itself, whatever
-            ``backward`` is called with.
+        stats: the statistics that the loss and its metrics read, and those asked for by ``outputs``; detached, in the
+            shape of labels, 0 where ignored.
+        split_gradients: gradients of the parts, where they were asked for. They are those of ``loss`` itself; what
+            ``backward`` multiplies it by is not in them.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     stats: Stats
     split_gradients: SplitGradients | None = None
+
+    def __repr__(self) -> str:
+        # numbers of a GPU are worth a wait here
+        metrics = ", ".join(f"{name}: {_number(value)}" for name, value in self.metrics.items())
+        parts = "" if self.split_gradients is None else f", split_gradients={self.split_gradients}"
+        return f"LossOutput(loss={_number(self.loss)}, metrics={{{metrics}}}, stats={self.stats}{parts})"
 
 
 def part_names(split_gradients: bool | str) -> tuple[str, ...]:
@@ -125,6 +139,10 @@ def parts_of(names: tuple[str, ...], loss: Loss, stats: Stats, batch: Batch) -> 
     else:
         thirds = tertiles(weight, ((role == 0) | ~batch.loss_tokens()).long())
     return torch.where(role != 0, 2 - thirds, rest)
+
+
+def _number(value: Tensor) -> str:
+    return f"{value.item():.6g}" if has_values(value) else described(value)
 
 
 def _padded(gradient: Tensor, rows: int) -> Tensor:

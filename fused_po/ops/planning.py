@@ -24,13 +24,13 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """The loss tokens of a batch of labels.
+    """Where the loss tokens of a batch are: its *rows*. Make one with ``make_plan``.
 
     Attributes:
         rows: (N,) int64, positions of the loss tokens in the flattened labels, sequence after sequence; None: every
-            position.
-        segments: (B,) int64, rows of each sequence, on the device of the labels.
-        lengths: the same on the host; None: alike, as the shape of the labels says.
+            position is a row.
+        segments: (B,) int64, the number of rows of each sequence, on the device of the labels.
+        lengths: the same on the host; None: all sequences have the length that the shape of the labels says.
         positions: number of positions of the labels.
         masked: True if some rows carry no loss and are to be masked (a plan from shapes alone).
         offsets: (B + 1,) int64, the first row of each sequence and N, on the device of the labels; None where lengths
@@ -45,7 +45,8 @@ class Plan:
     offsets: Tensor | None = None
 
     def explain(self, hidden_size: int, vocab_size: int, **options: Any) -> str:
-        """How a call on this plan goes through a head of (V, H), and what that costs on paper, in words.
+        """How a call on this plan goes through a head (V, H), in words: what is kept, how many GEMMs it takes, the
+        memory at the peak, and the time on paper, computed from rates of a GPU and not measured.
 
         Args:
             hidden_size: H.
@@ -136,7 +137,9 @@ class Chunk:
 
 
 def make_plan(labels: Tensor, *, cu_seqlens: Tensor | None = None, device: torch.device | str | None = None) -> Plan:
-    """Plan a batch: find its loss tokens. Waits for ``labels`` unless they are on the host, so make it in the collator.
+    """Find the loss tokens of a batch, once for all calls on it.
+
+    It waits for labels on a GPU, so make it where they are on the host: in the data collator.
 
     Args:
         labels: (B, S) or, with ``cu_seqlens``, packed (N,), int64, -100 ignored, already shifted.

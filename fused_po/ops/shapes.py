@@ -10,6 +10,8 @@ __all__ = ["GRAIN", "fit", "grained", "tile_bytes", "tile_columns", "tile_square
 
 # products are fastest where rows and columns come in such numbers
 GRAIN = 128
+# columns of the narrowest tile, whatever the budget: of single logits all time goes into calls
+FEWEST_COLUMNS = 16
 
 
 def tile_square(sizes: Sizes, area: int) -> tuple[int, int]:
@@ -17,7 +19,7 @@ def tile_square(sizes: Sizes, area: int) -> tuple[int, int]:
     element, row, column = _bytes(sizes)
     side = (math.sqrt((row + column) ** 2 + 4 * element * area) - row - column) / (2 * element)
     # a grain of columns at least, where what goes with them leaves room for rows
-    least = GRAIN if GRAIN * column <= area // 2 else 1
+    least = GRAIN if GRAIN * column <= area // 2 else FEWEST_COLUMNS
     columns = min(sizes.vocab, grained(max(least, int(side))))
     return grained(fit(area - columns * column, columns * element + row)), columns
 

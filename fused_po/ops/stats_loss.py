@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from fused_po.kernels.contract import accumulation_dtype
 from fused_po.losses.contract import Batch, Loss
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
-from fused_po.ops.checks import require_tensors, same_device
+from fused_po.ops.checks import refuse_transforms, require_tensors, same_device
 from fused_po.ops.coefficients import coefficients, loss_value
 from fused_po.ops.output import LossOutput
 from fused_po.ops.planning import Plan, default_plan
-from fused_po.splits import Split
+from fused_po.splits import Split, check_split
 from fused_po.stats import Stats
 
 __all__ = ["stats_loss"]
@@ -34,14 +35,20 @@ def stats_loss(
     plan: Plan | None = None,
     **side_inputs: Number,
 ) -> LossOutput:
-    """A registered loss on top of ``token_stats`` or ``linear_token_stats``; gradients flow on into them.
+    """A loss by name on statistics from ``token_stats`` or ``linear_token_stats``; gradients flow on into them.
 
     Args:
-        stats: in the shape of labels, those that ``loss.statistics`` names; without one that only metrics read there
-            are no metrics.
+        stats: in the shape of labels: those that ``loss.statistics`` names. Where one is missing that only the metrics
+            read, ``.metrics`` is empty.
         labels: (B, S), or packed (N,) with ``cu_seqlens``; already shifted, -100 is ignored.
         loss: from ``fused_po.losses.create``.
-        cu_seqlens, num_items, num_sequences, num_chosen_items, split, plan, side_inputs: as in ``linear_loss``.
+        cu_seqlens: as in ``linear_loss``, and so are the others.
+        num_items: loss tokens to normalise by.
+        num_sequences: sequences to normalise by, twice the pairs.
+        num_chosen_items: loss tokens of chosen answers to normalise by.
+        split: scales positive and negative learning; the value stays that of the loss.
+        plan: from ``make_plan``.
+        side_inputs: what the loss reads besides, by name.
 
     Returns:
         LossOutput; ``.loss`` is differentiable in the statistics.
@@ -52,7 +59,9 @@ def stats_loss(
     """
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
-    loss.check(frozenset(side_inputs))
+    loss.check(frozenset(side_inputs), _ARGUMENTS)
+    refuse_transforms("stats_loss")
+    check_split(split, loss)
     present = stats.present()
     missing = [name for name in loss.statistics if name in loss.needs and name not in present]
     if missing:
@@ -86,6 +95,9 @@ def stats_loss(
         metrics = loss.metrics(masked_stats(detached, layout.mask), batch) if complete else {}
         shaped = Stats(**{name: layout.fill(v) for name, v in detached.present().items()})
     return LossOutput(value, metrics, shaped)
+
+
+_ARGUMENTS = frozenset(inspect.signature(stats_loss).parameters)
 
 
 class _StatsLoss(torch.autograd.Function):

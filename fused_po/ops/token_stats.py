@@ -16,6 +16,7 @@ from fused_po.ops.checks import (
     check_labels,
     check_outputs,
     check_scalars,
+    refuse_transforms,
     require_floating,
     require_tensors,
     row_temperatures,
@@ -46,12 +47,12 @@ def token_stats(
         logits: (B, S, V) or (N, V), floating point, any strides; a slice such as ``logits[:, :-1]`` is not copied.
         labels: (B, S) or (N,) int64, already shifted; -100 is ignored.
         outputs: names from ``Stats``.
-        temperature: T > 0, a number, (B,), or the shape of labels.
+        temperature: T > 0, a number, (B,) with (B, S) labels, or the shape of labels.
         softcap: caps logits; None does not.
         logit_scale: multiplies the logits.
-        inplace: True lets the backward overwrite the logits with their gradient, which saves (N, V); nothing else may
-            need them then.
-        backend: ``"triton"``, ``"reference"``, or None for the first that supports the case.
+        inplace: True lets the backward overwrite the logits with their gradient, which saves a tensor of their size.
+            Nothing else may need the logits then.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"``, or None for the first that supports the case.
 
     Returns:
         Statistics in the shape of labels, float32 (float64 for float64), 0 where ignored.
@@ -59,6 +60,7 @@ def token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
+    refuse_transforms("token_stats")
     check_outputs(outputs)
     require_tensors(logits=logits, labels=labels)
     if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or logits.shape[-1] < 1:

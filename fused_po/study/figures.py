@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fused_po.pictures import png
 from fused_po.study.claims import Curves
 from fused_po.study.estimates import mean_and_error
 from fused_po.study.run import Results
@@ -30,8 +31,8 @@ class Figure:
     paint: Callable[[Any, Curves, Results], None]
 
 
-def draw(figure: Figure, curves: Curves, results: Results) -> str:
-    """The plot as SVG."""
+def draw(figure: Figure, curves: Curves, results: Results) -> tuple[str, bytes]:
+    """The plot as SVG, for a page that holds it, and as PNG, for one that links it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,8 +45,9 @@ def draw(figure: Figure, curves: Curves, results: Results) -> str:
         figure.paint(axes, curves, results)
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None})
+        picture = png(canvas)
         pyplot.close(canvas)
-    return text.getvalue()
+    return text.getvalue(), picture
 
 
 def _line(axis: Any, curves: Curves, method: str, metric: str, label: str, arm: str = "full") -> None:

@@ -1,4 +1,4 @@
-"""What a study leaves: tables as CSV, plots as SVG, and a report as HTML and Markdown with the same contents."""
+"""What a study leaves: tables as CSV, plots as PNG, and a report as HTML and Markdown with the same contents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(
     seconds: float,
     failures: Mapping[int, str] | None = None,
 ) -> list[Finding]:
-    """``claims.csv``, ``plots/*.svg``, ``report.html`` and ``report.md``.
+    """``claims.csv``, ``plots/*.png``, ``report.html`` and ``report.md``.
 
     Args:
         results: of all seeds.
@@ -73,9 +73,10 @@ def write_report(
             row = [claim.text, claim.source, claim.number, claim.figure, one.verdict, one.mean, one.error, one.p]
             table.writerow([*row, *one.values])
     (output / "plots").mkdir(exist_ok=True)
-    images = {name: draw(figure, curves, results) for name, figure in FIGURES.items()}
-    for name, image in images.items():
-        (output / "plots" / f"{name}.svg").write_text(image, encoding="utf-8")
+    images = {}
+    for name, figure in FIGURES.items():
+        images[name], picture = draw(figure, curves, results)
+        (output / "plots" / f"{name}.png").write_bytes(picture)
     context = {
         "command": command,
         "minutes": seconds / 60,

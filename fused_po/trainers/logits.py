@@ -1,23 +1,22 @@
 """Trainers that ask a model for logits and take log-probs from them: their methods, wrapped so that none are made.
 
-Within such a method the model's output layer returns ``DeferredLogits``. The model itself is called as ever, so
-wrappers, and adapters behind the head, work as they did.
+Within such a method the model's output layer returns ``DeferredLogits``, see ``seam``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from fused_po.trainers.deferred import DeferredLogits, Head, made
+from fused_po.trainers.deferred import made
+from fused_po.trainers.seam import deferred
 
-__all__ = ["PREDICTION", "Methods", "deferring", "output_layer"]
+__all__ = ["PREDICTION", "Methods"]
 
 # what it returns is gathered over ranks and handed to metrics: logits have to be there
 PREDICTION = "prediction_step"
@@ -59,53 +58,11 @@ class Methods:
             with ExitStack() as stack:
                 for model in given:
                     if isinstance(model, nn.Module):
-                        stack.enter_context(self._deferred(model))
+                        stack.enter_context(deferred(model, self._options, self._count))
                 found = method(trainer, *args, **kwargs)
                 if method.__name__ != PREDICTION:
                     return found
                 with torch.no_grad():
-                    return pytree.tree_map(made, found)
+                    return made(found)
 
         return call
-
-    @contextmanager
-    def _deferred(self, model: nn.Module) -> Iterator[None]:
-        """The output layer of a model returns deferred logits within, where that can be done."""
-        layer = output_layer(model)
-        if layer is None or "forward" in vars(layer):
-            yield
-            return
-        layer.forward = deferring(layer, self._options, self._count)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            del layer.forward
-
-
-def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The head; None where it has an adapter, is sharded or compiled: logits are then made as ever."""
-    found: Any = model
-    while isinstance(getattr(found, "module", None), nn.Module):
-        if type(found).__name__ in ("DataParallel", "FullyShardedDataParallel"):
-            return None
-        found = found.module
-    if isinstance(found, torch._dynamo.OptimizedModule):
-        return None
-    found = found.get_base_model() if hasattr(found, "get_base_model") else found
-    layer = found.get_output_embeddings() if hasattr(found, "get_output_embeddings") else None
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    sharded = hasattr(layer.weight, "ds_id") or hasattr(layer.weight, "full_tensor")
-    return None if sharded or layer.weight.ndim != 2 else layer
-
-
-def deferring(layer: nn.Linear, options: Mapping[str, Any], count: Callable[[], None]) -> Callable[[Tensor], Any]:
-    """A ``forward`` for a model's output layer."""
-
-    def forward(hidden: Tensor) -> DeferredLogits:
-        kind = hidden.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        head = Head(layer.weight, layer.bias, options, count, autocast)
-        return DeferredLogits(hidden, head, dtype=hidden.dtype)
-
-    return forward

@@ -1,54 +1,66 @@
-"""Hidden states and head of a causal language model from transformers."""
+"""Hidden states and head of a causal language model, taken from a run of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fused_po.ops import linear_token_stats
+from fused_po.ops import linear_token_stats, token_stats
 from fused_po.stats import Stats
+from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.head import Head
+from fused_po.trainers.seam import deferred, output_layer, standing_in
 
-__all__ = ["HeadParameters", "base_and_head", "hidden_and_head", "token_stats_of"]
+__all__ = ["Found", "hidden_and_head", "run_apart", "take_apart", "token_stats_of"]
+
+# rows of logits that a model is checked by
+ROWS = 16
+_checked: WeakSet[nn.Module] = WeakSet()
 
 
-SOFTCAP = "final_logit_softcapping"
+def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tuple[Tensor, Head, Any]:
+    """Run a causal language model up to its logits, which are not made.
 
+    ::
 
-@dataclass(frozen=True)
-class HeadParameters:
-    """A model's head, in the terms of ``linear_loss``.
+        hidden, head, outputs = take_apart(model, input_ids=input_ids, attention_mask=attention_mask)
+        out = linear_loss(hidden[:, :-1], head.weight, labels, loss, **head.options)
+        loss = out.loss + 0.01 * outputs.aux_loss  # of a mixture of experts that was asked for its router's logits
 
-    Attributes:
-        weight: (V, H), tied to the embeddings or not.
-        bias: (V,) or None.
-        softcap: ``final_logit_softcapping`` of the config (Gemma 2).
-        logit_scale: what multiplies the raw logits (Cohere, Granite, Falcon-H1), 1.0 for most models.
+    Args:
+        model: a causal LM from transformers, vision-language models too, inside whatever wraps it (PEFT, DDP, FSDP2,
+            ``torch.compile``, accelerate): it is called as it is.
+        check: whether the first batch of a model is also used to compare some of its own logits with those of
+            ``hidden`` and ``head``, in two more forwards without a graph. False: it is not.
+        inputs: what the model takes. ``use_cache`` is False unless given, where the model knows it.
+
+    Returns:
+        hidden: (B, T, H), hidden states as the head met them: fewer than the tokens with ``logits_to_keep``, more with
+            an adapter that adds some.
+        head: as the model used it.
+        outputs: what the model returned; where it has logits, there are ``DeferredLogits``.
+
+    Raises:
+        ValueError: a model without an output layer; one whose logits are not a head's alone, and what it does to them;
+            one that fails the check.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but the weight, as keyword arguments of the operations."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's logits from hidden states (..., H): (..., V)."""
-        raw = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+    found = run_apart(model, _running(model, inputs), check=check)
+    if isinstance(found.logits, Tensor):
+        raise ValueError(f"{found.why}: take log-probs from its logits, as token_stats_of does")
+    return found.logits.hidden, found.logits.whole(), found.outputs
 
 
-def hidden_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], HeadParameters]:
-    """Split a causal language model in two.
+def hidden_and_head(model: nn.Module, *, check: bool = True) -> tuple[Callable[..., Tensor], Any]:
+    """``take_apart`` for code that wants the head's weight before any forward.
 
     ::
 
@@ -57,91 +69,193 @@ def hidden_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], HeadParame
         out = linear_loss(hidden[:, :-1], head.weight, labels, loss, **head.options)
 
     Args:
-        model: a causal LM from transformers, wrapped by PEFT or not; vision-language models too, whose backbone takes
-            the images.
+        model, check: as in ``take_apart``.
 
     Returns:
-        ``backbone``, which takes what the model takes and returns the last hidden state (B, S, H), and the head.
+        ``backbone``, which takes what the model takes and returns hidden states (B, S, H), and the head, whose weight
+        and bias are the layer's own. The rest of it is known once ``backbone`` has run.
 
     Raises:
-        ValueError: as ``base_and_head``.
+        ValueError: a model without an output layer; of ``backbone`` as ``take_apart``.
     """
-    base, head = base_and_head(model)
+    head = _Known(output_layer(model)[1])
 
     def backbone(**inputs: Any) -> Tensor:
-        found = base.base_model(**inputs, use_cache=False, return_dict=True)
-        hidden: Tensor = found.last_hidden_state
+        hidden, head.found, _ = take_apart(model, check=check, **inputs)
         return hidden
 
     return backbone, head
 
 
-def base_and_head(model: nn.Module) -> tuple[Any, HeadParameters]:
-    """The model without its PEFT wrapper, whose ``base_model`` is everything but the head, and the head.
+class _Known:
+    """A head by its layer, and by what a run has shown of it."""
 
-    A softcap or logit scale counts where the class of the model reads it: the config of a text model inside a
-    vision-language model may name one that the outer model leaves out (Gemma 3, Cohere 2 Vision).
+    found: Head | None = None
 
-    Raises:
-        ValueError: a model without an output layer, an encoder-decoder, a head of several layers (BERT), an adapter on
-            the head (its weight is not the layer's alone), or one that adds tokens (prompt tuning).
-    """
-    prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if layer is None or base.config.is_encoder_decoder:
-        what = "is an encoder-decoder" if layer is not None else "has no output layer"
-        raise ValueError(f"{type(base).__name__} {what}: a causal language model is wanted")
-    if prompted:
-        raise ValueError("the adapter adds tokens (prompt learning): its hidden states are not those of the inputs")
-    if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
-        raise ValueError("the head carries an adapter: take lm_head out of target_modules and modules_to_save")
-    # BERT's kin have a layer and a norm in front of it
-    between = [one for one in base.children() if "Prediction" in type(one).__name__]
-    if between or not any(one is layer for one in base.children()):
-        raise ValueError(f"the head of {type(base).__name__} is more than one linear layer")
-    config = base.config.get_text_config()
-    kind: Any = type(base)
-    softcap = getattr(config, SOFTCAP, None) if _reads(kind, SOFTCAP) else None
-    return base, HeadParameters(layer.weight, getattr(layer, "bias", None), softcap, _logit_scale(kind, config))
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer: Any = layer
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self._layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self._layer, "bias", None)
+        return bias
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self._run.options | {"bias": self.bias}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._run.logits(hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    @property
+    def _run(self) -> Head:
+        if self.found is None:
+            raise ValueError("what a model does to its logits is known once it has run: call the backbone first")
+        return self.found
 
 
 def token_stats_of(
-    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, outputs: Sequence[str] = ("logp",)
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    outputs: Sequence[str] = ("logp",),
+    *,
+    check: bool = True,
 ) -> Stats:
     """Statistics of labels under a causal language model, differentiable, without its logits.
 
+    A model whose logits are not a head's alone makes them, with a warning.
+
     Args:
-        model: as in ``hidden_and_head``.
+        model, check: as in ``take_apart``.
         inputs: what the model takes, (B, S).
         labels: (B, S - 1), already shifted, -100 ignored.
         outputs: names of statistics.
+
+    Raises:
+        ValueError: as ``take_apart``, or a model that has more or fewer positions than the inputs.
     """
-    backbone, head = hidden_and_head(model)
-    hidden = backbone(**inputs)[:, :-1]  # (B, S - 1, H)
-    return linear_token_stats(hidden, head.weight, labels, outputs=tuple(outputs), **head.options)
+    found = run_apart(model, _running(model, inputs), check=check)
+    logits = found.logits
+    positions = logits.shape[1]
+    if positions != labels.shape[1] + 1:
+        raise ValueError(
+            f"the model has {positions} positions, and {labels.shape[1]} labels want {labels.shape[1] + 1}: an adapter "
+            "that adds tokens (prompt learning) adds positions before those of the inputs, see take_apart"
+        )
+    if isinstance(logits, Tensor):
+        return token_stats(logits[:, :-1], labels, outputs=tuple(outputs))
+    head = logits.whole()
+    return linear_token_stats(logits.hidden[:, :-1], head.weight, labels, outputs=tuple(outputs), **head.options)
 
 
-def _logit_scale(kind: Any, config: Any) -> float:
-    """Models name it differently; Granite and MiniCPM3 divide by theirs, HyperCLOVA X multiplies by one of the same
-    name.
+@dataclass(frozen=True)
+class Found:
+    """What a run of a model has shown.
+
+    Attributes:
+        logits: deferred, or real where they had to be made.
+        outputs: what the model returned.
+        why: a sentence without a full stop on why they are real, or "".
     """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None and _reads(kind, name):
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None or not _reads(kind, "logits_scaling"):
-        return 1.0
-    return float(scaling) if "hyperclova" in config.model_type else 1.0 / float(scaling)
+
+    logits: DeferredLogits | Tensor
+    outputs: Any
+    why: str = ""
 
 
-@cache
-def _reads(kind: Any, name: str) -> bool:
-    """Whether the source of a model's class, or of one above it, names a setting; yes where there is no source.
+def run_apart(model: nn.Module, run: Callable[[], Any], *, check: bool = True) -> Found:
+    """``take_apart`` for a call of one's own; logits that had to be made are no error.
 
-    The source and not the function ``forward``, which trainers replace.
+    Args:
+        model: holds the output layer.
+        run: calls the model, once for each call of this and twice more for a check.
+        check: as there.
+
+    Raises:
+        ValueError: as ``take_apart``, but for logits that are made.
     """
+    owner, layer = output_layer(model)
+    if check and layer not in _checked and not torch.compiler.is_compiling():
+        _check(model, owner, layer, run)
+        _checked.add(layer)
+    with deferred(model) as calls:
+        outputs = run()
+    logits = _logits_of(outputs)
+    if logits is None:
+        raise ValueError(f"{type(owner).__name__} returned no logits, but a {type(outputs).__name__}")
+    real = logits if isinstance(logits, Tensor) else logits.now
+    if real is None:
+        return Found(logits, outputs)
+    done = sorted({name for call in calls for name in call.unknown})
+    why = f"it does {', '.join(done)} to them" if done else f"{type(layer).__name__} multiplies by no weight of its own"
+    why = f"the logits of {type(owner).__name__} are not its output layer's alone, {why}"
+    if not done:
+        warnings.warn(f"{why}: all of them are made", stacklevel=3)
+    return Found(real, outputs, why)
+
+
+def _running(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call of the model, without a cache."""
+    known = inspect.signature(output_layer(model)[0].forward).parameters
+    given = {"use_cache": False, **inputs} if "use_cache" in known else inputs
+    return lambda: model(**given)
+
+
+def _logits_of(outputs: Any) -> Any:
+    """What a model returned as logits, deferred or not; None: nothing."""
+    named = getattr(outputs, "logits", None)
+    if isinstance(named, (DeferredLogits, Tensor)):
+        return named
+    leaves = pytree.tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, DeferredLogits))
+    return next((leaf for leaf in leaves if isinstance(leaf, DeferredLogits)), None)
+
+
+def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> None:
+    """Compare some of a model's own logits with deferred ones.
+
+    Raises:
+        ValueError: they differ by more than rounding, measured by the largest of them.
+    """
+
+    def some(layer: nn.Module, own: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
+        return own(hidden[..., :ROWS, :], *others)
+
+    with _looked_at(model):
+        with deferred(model):
+            logits = _logits_of(run())
+        if not isinstance(logits, DeferredLogits) or logits.now is not None:
+            return
+        with standing_in(layer, some):
+            own = _logits_of(run())
+        ours = logits[..., :ROWS, :].made()
+    size = own.abs().max()
+    apart = (ours - own).abs().max() / size
+    # half precision: what is rounded on the way to a logit
+    if not apart <= max(1e-3, 16 * torch.finfo(own.dtype).eps):
+        raise ValueError(
+            f"{type(owner).__name__} is not a head on its last hidden states: of logits up to {size:.2g} some differ "
+            f"by {apart:.1e} of that; check=False takes them all the same"
+        )
+
+
+@contextmanager
+def _looked_at(model: nn.Module) -> Iterator[None]:
+    """Without a graph, without dropout and as Python runs it."""
+    before = [(module, module.training) for module in model.modules()]
     try:
-        return any(name in inspect.getsource(one) for one in kind.__mro__ if issubclass(one, nn.Module))
-    except (OSError, TypeError):
-        return True
+        for module, _ in before:
+            module.training = False
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, training in before:
+            module.training = training

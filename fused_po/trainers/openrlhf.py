@@ -24,7 +24,7 @@ from fused_po import losses
 from fused_po.losses import Loss
 from fused_po.ops import linear_token_stats, token_stats
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.model import hidden_and_head
+from fused_po.trainers.model import take_apart
 
 __all__ = ["actor_log_probs", "compute_entropy", "dpo_loss", "log_probs_from_logits", "policy_loss"]
 
@@ -85,8 +85,7 @@ def actor_log_probs(
     model finds its own. The auxiliary loss of a mixture of experts is not returned.
 
     Args:
-        model: a causal LM from transformers, wrapped by PEFT or not (``actor.model``). Not one inside DDP or FSDP,
-            whose hooks are in the wrapper's forward: there see ``fused_po.trainers.verl.forward_with_fused_po``.
+        model: a causal LM from transformers in whatever wraps it (``actor.model``), see ``take_apart``.
         sequences: (B, S) int64, prompts and actions.
         action_mask: (B, A), A < S, 0 where one of the last A tokens is no action; None: all tokens but the first.
         attention_mask: (B, S), or None.
@@ -99,7 +98,7 @@ def actor_log_probs(
         Log-probs (B, A), or (B, S - 1) without an ``action_mask``; 0 where it is 0. With ``return_entropy`` a pair.
 
     Raises:
-        ValueError: an ``action_mask`` that is not (B, A) with A < S, or as ``hidden_and_head``.
+        ValueError: an ``action_mask`` that is not (B, A) with A < S, or as ``take_apart``.
     """
     count, length = sequences.shape
     width = length - 1 if action_mask is None else action_mask.shape[-1]
@@ -114,9 +113,9 @@ def actor_log_probs(
         actions = actions.masked_fill(action_mask == 0, IGNORE)
     # the position before each action; the last one has none
     labels = nn.functional.pad(actions, (length - 1 - width, 1), value=IGNORE)
-    backbone, head = hidden_and_head(model)
+    hidden, head, _ = take_apart(model, **{name: value for name, value in given.items() if value is not None})
     found = linear_token_stats(
-        backbone(**{name: value for name, value in given.items() if value is not None}),
+        hidden,
         head.weight,
         labels,
         outputs=("logp", "entropy") if return_entropy else ("logp",),

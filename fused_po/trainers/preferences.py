@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.ops.checks import IGNORE
 from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.batches import collate, mismatched
-from fused_po.trainers.model import HeadParameters, hidden_and_head
+from fused_po.trainers.model import take_apart
 
 __all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
 
@@ -186,40 +186,12 @@ class PreferenceTrainer(Trainer):
 
     # the loss
 
-    def _inside(self, model: nn.Module, inputs: Mapping[str, Tensor], make: Callable[[Tensor, Any], Tensor]) -> None:
-        """Call ``make`` on hidden states (B, S, H) and head, inside the forward of whatever wraps the model.
-
-        DistributedDataParallel and FSDP want every parameter used there.
-        """
-        inner: Any = self.accelerator.unwrap_model(model)
-        own = inner.__dict__.get("forward")
-
-        def forward(**given: Any) -> Tensor:
-            backbone, head = hidden_and_head(inner)
-            return make(backbone(**given), head)
-
-        inner.forward = forward
-        try:
-            with self.accelerator.autocast():
-                model(**inputs)
-        finally:
-            if own is None:
-                del inner.forward
-            else:
-                inner.forward = own
-
     def _logp(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
         """Log-probs of the targets, (B, S - 1), 0 where ignored, without a gradient."""
-        found: list[Any] = []
-
-        def make(hidden: Tensor, head: HeadParameters) -> Tensor:
-            targets = batch[f"{prefix}targets"]
-            found.append(linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
-            return found[0]
-
-        with torch.no_grad():
-            self._inside(model, {name: batch[prefix + name] for name in _INPUTS}, make)
-        return found[0]
+        inputs, targets = {name: batch[prefix + name] for name in _INPUTS}, batch[f"{prefix}targets"]
+        with torch.no_grad(), self.accelerator.autocast():
+            hidden, head, _ = take_apart(model, **inputs)
+            return cast(Tensor, linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
 
     def loss_output(
         self,
@@ -240,15 +212,10 @@ class PreferenceTrainer(Trainer):
         if totals is not None:
             side |= {"num_items": totals[0], "num_sequences": totals[1]}
             side |= {"num_chosen_items": totals[2]} if self._paired else {}
-        found: list[LossOutput] = []
-
-        def make(hidden: Tensor, head: HeadParameters) -> Tensor:
+        with self.accelerator.autocast():
+            hidden, head, _ = take_apart(model, **{name: batch[name] for name in _INPUTS})
             options = {"split": split, **head.options, **side}
-            found.append(linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options))
-            return found[0].loss
-
-        self._inside(model, {name: batch[name] for name in _INPUTS}, make)
-        return found[0]
+            return linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options)
 
     def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the loss reads beside the policy's own statistics."""

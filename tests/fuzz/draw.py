@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_po import Split, losses
 from fused_po.losses.batch import OPTIONAL, PER_SEQUENCE, SCALAR, SPREAD, SUMMED, TOKEN_FLAGS
+from fused_po.losses.contract import has_sides
 from fused_po.losses.policy import PolicyLoss
 from fused_po.ops.plain import plain_stats
 from fused_po.splits import Linear
@@ -246,6 +247,8 @@ def draw(seed: int, *, dtypes: tuple[torch.dtype, ...] = (), names: tuple[str, .
         route=route,
         ambient=(rng.choice(DEFAULT_DTYPES), rng.choice(DEFAULT_DEVICES)),
     )
+    if not has_sides(loss):
+        problem = replace(problem, split=None, split_gradients=False)
     return replace(problem, side_inputs=_side_inputs(rng, problem), normalisers=_normalisers(rng, problem))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA extension as the tests build it: once, every architecture, warnings as errors."""
+"""The CUDA extension as the tests build it: once, every architecture, warnings as errors; and a fake compiler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 
 from fused_po.kernels import jit
 from fused_po.kernels.build import BuildError, Recipe, Toolkit, find_sources
+from tests.kernels.fake_nvcc import fake
+
+__all__ = ["cuda_build", "cuda_module", "fake"]
 
 
 @pytest.fixture(scope="session")

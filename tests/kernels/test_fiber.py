@@ -37,6 +37,7 @@ def problem_of(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Ke
     return KernelProblem(x.to(dtype), labels, PLAIN, width)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("out_element", FLOATS)
 @pytest.mark.parametrize("element", FLOATS)
 @pytest.mark.parametrize("gpu", GPUS)

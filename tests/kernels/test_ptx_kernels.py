@@ -13,7 +13,8 @@ from fused_po.testing import assert_accurate
 from tests.kernels.ptx import unavailable_backend
 from tests.kernels.ptx.launch_cuda import CudaPtx, modules, noted_kernels
 from tests.kernels.ptx.launch_triton import TritonPtx, run_products
-from tests.kernels.ptx.problems import FLOATS, pairwise, problem, run_grad, run_softmax, run_stats
+from tests.kernels.ptx.problems import FLOATS, problem, run_grad, run_softmax, run_stats
+from tests.pairwise import pairwise
 
 needs_nvcc = pytest.mark.skipif(unavailable_backend("cuda-ptx") is not None, reason="needs nvcc and a C++ compiler")
 WANTED = {"logp": ("logp",), "entropy": ("logp", "entropy"), "everything": STATISTICS}

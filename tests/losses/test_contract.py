@@ -261,7 +261,7 @@ def test_side_inputs_are_checked(case):
 def test_create_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"unknown loss 'dpo'.*sigmoid"):
         losses.create("dpo")
-    with pytest.raises(ValueError, match="has no hyper-parameter betta; it has beta"):
+    with pytest.raises(ValueError, match=r"has no hyper-parameter betta \(did you mean beta\?\); it has beta"):
         losses.create("sigmoid", betta=0.1)
     with pytest.raises(ValueError, match="registered already"):
         losses.register("sigmoid")(type(losses.create("sft")))

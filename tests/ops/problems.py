@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_po import losses
 from fused_po.losses.batch import Batch
-from fused_po.losses.terms import policy_logp
+from fused_po.losses.terms import choose, policy_logp
 from fused_po.ops.plain import plain_loss, plain_stats
 from fused_po.stats import Stats
 from tests.losses.cases import side_inputs
@@ -36,6 +36,9 @@ class EntropyPairs(losses.Loss):
     @property
     def differentiates(self) -> tuple[str, ...]:
         return ("logp", "entropy", "lse")
+
+    def role(self, batch: Batch) -> Tensor:
+        return choose(batch.chosen, 1.0, -1.0)
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:
         weight = batch.spread(batch.mean_per_sequence(stats.log_sum_sq_probs.detach()).exp())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fused_po import losses
-from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
+from fused_po.ops import linear_loss, linear_token_stats, make_plan, stats_loss, token_stats
 
 B, S, H, V = 4, 3, 8, 11
 HIDDEN, WEIGHT = torch.randn(B, S, H), torch.randn(V, H)
@@ -36,7 +37,7 @@ HEAD_CASES = {
     "labels on another device": ({"labels": LABELS.to(META)}, "labels on meta"),
     "vocab_size": ({"vocab_size": 12}, r"vocab_size must lie in \[1, 11\].*got 12"),
     "temperature 0": ({"temperature": 0.0}, "temperature must be a positive number: got 0.0"),
-    "temperature of another shape": ({"temperature": torch.ones(3)}, r"temperature must be a number, \(B,\)"),
+    "temperature of another shape": ({"temperature": torch.ones(3)}, r"temperature must be a number, \(4,\)"),
     "softcap": ({"softcap": -1.0}, "softcap must be a positive number or None: got -1.0"),
     "logit_scale": ({"logit_scale": float("inf")}, "logit_scale must be finite"),
     "scratch": ({"scratch_bytes": -1}, "scratch_bytes must not be negative"),
@@ -67,13 +68,75 @@ def test_head(operation, case):
         ({"ref_logp": torch.zeros(4), "advantage": torch.zeros(4)}, "does not read advantage; it reads ref_logp"),
         (
             {"ref_logps": torch.zeros(4)},
-            "unknown argument or side input ref_logps: expected side inputs among advantage",
+            r"unknown argument or side input ref_logps \(did you mean ref_logp\?\): expected side inputs among a",
         ),
     ],
 )
 def test_side_inputs(side_inputs, message):
     with pytest.raises(ValueError, match=message):
         linear_loss(HIDDEN, WEIGHT, LABELS, losses.create("sigmoid"), **side_inputs)
+
+
+def test_names_that_are_nearly_right():
+    loss, logits = losses.create("sigmoid"), HIDDEN @ WEIGHT.t()
+    with pytest.raises(ValueError, match=r"argument or side input temprature \(did you mean temperature\?\)"):
+        linear_loss(HIDDEN, WEIGHT, LABELS, loss, ref_logp=torch.zeros(4), temprature=2.0)
+    with pytest.raises(ValueError, match=r"side input num_item \(did you mean num_items\?\)"):
+        stats_loss(token_stats(logits, LABELS), LABELS, loss, ref_logp=torch.zeros(4), num_item=3)
+    with pytest.raises(ValueError, match=r"unknown output 'logps' \(did you mean logp\?\)"):
+        token_stats(logits, LABELS, outputs=("logps",))
+    with pytest.raises(ValueError, match=r"unknown loss 'sigmod' \(did you mean sigmoid\?\)"):
+        losses.create("sigmod")
+    # nothing is near: no guess
+    with pytest.raises(ValueError, match=r"unknown loss 'xyz': expected one of"):
+        losses.create("xyz")
+
+
+def test_temperatures_of_packed_sequences():
+    hidden, labels, bounds = HIDDEN.reshape(-1, H), LABELS.reshape(-1), torch.tensor([0, 4, 12])
+    temperature = torch.tensor([0.5, 2.0])
+    want = linear_token_stats(hidden, WEIGHT, labels, temperature=temperature.repeat_interleave(bounds.diff()))
+    found = linear_token_stats(hidden, WEIGHT, labels, temperature=temperature, cu_seqlens=bounds)
+    assert torch.equal(found.logp, want.logp)
+    message = r"of packed labels must be a number or one per token, \(12,\); .*cu_seqlens, .*: got \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        linear_token_stats(hidden, WEIGHT, labels, temperature=temperature)
+    with pytest.raises(ValueError, match=message):
+        token_stats(hidden @ WEIGHT.t(), labels, temperature=temperature)
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to 12"):
+        linear_token_stats(hidden, WEIGHT, labels, temperature=temperature, cu_seqlens=torch.tensor([0, 4, 11]))
+
+
+@pytest.mark.parametrize("name", ["linear_loss", "linear_token_stats", "token_stats", "stats_loss"])
+def test_transforms_of_torch_func_are_refused(name):
+    loss, logits = losses.create("sft"), HIDDEN @ WEIGHT.t()
+    stats = token_stats(logits, LABELS, outputs=loss.statistics)
+    calls = {
+        "linear_loss": lambda x: linear_loss(x, WEIGHT, LABELS, loss).loss,
+        "linear_token_stats": lambda x: linear_token_stats(x, WEIGHT, LABELS).logp.sum(),
+        "token_stats": lambda x: token_stats(x @ WEIGHT.t(), LABELS).logp.sum(),
+        "stats_loss": lambda x: stats_loss(replace(stats, logp=x[..., 0]), LABELS, loss).loss,
+    }
+    for transform in (torch.func.grad, torch.vmap):
+        with pytest.raises(RuntimeError, match=rf"^{name} does not run inside torch.func .*: take .backward\(\)"):
+            transform(calls[name])(HIDDEN)
+
+
+def test_a_tensor_of_no_tokens_divides_by_one():
+    loss = losses.create("sft")
+    zero, one = (linear_loss(HIDDEN, WEIGHT, LABELS, loss, num_items=torch.tensor(n)).loss for n in (0, 1))
+    assert torch.equal(zero, one)
+
+
+def test_results_say_what_they_are_and_not_what_they_hold():
+    hidden = HIDDEN.clone().requires_grad_()
+    given = {"ref_logp": torch.zeros(4), "split_gradients": True}
+    out = linear_loss(hidden, WEIGHT.clone().requires_grad_(), LABELS, losses.create("sigmoid"), **given)
+    text = repr(out)
+    assert "tensor(" not in text and len(text) < 1000
+    assert text.startswith(f"LossOutput(loss={out.loss.item():.6g}, metrics={{")
+    assert "stats=Stats(logp: float32 (4, 3), " in text and "is_top1: bool (4, 3)" in text
+    assert "SplitGradients(positive, negative, rest; hidden: float32 (4, 3, 8) each, weight: float32 (11, 8)" in text
 
 
 def test_a_token_loss_wants_reference_log_probs_per_token():

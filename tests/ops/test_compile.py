@@ -7,8 +7,9 @@ import torch
 
 from fused_po import Split, losses, splits
 from fused_po.ops import linear_loss, linear_token_stats, make_plan, stats_loss, token_stats
-from tests.losses.cases import create
-from tests.ops.problems import Problem, relative_error
+from fused_po.ops.coefficients import coefficients
+from tests.losses.cases import create, make_batch
+from tests.ops.problems import H, Problem, V, relative_error
 
 
 def step(name: str, problem: Problem):
@@ -31,16 +32,22 @@ def step(name: str, problem: Problem):
     return {"linear_loss": of_linear_loss, "linear_token_stats": of_statistics, "token_stats": of_logits}[name]
 
 
-# inductor adds only compilation time to what the tracer shows, so it runs once
+# a loss of each base
+BASES = (
+    *("kto", "bco-batch", "aot", "beta_dpo", "orpo", "mixture"),
+    *("dapo-masks", "gmpo-entropy", "vespo", "asymre", "clip_cov"),
+)
+
+
+# inductor adds only compilation time to what the tracer shows, so it runs once; the losses themselves are traced by
+# test_coefficients_trace, in a tenth of the time
 @pytest.mark.parametrize(
     ("operation", "case", "backend"),
     [
         ("linear_loss", "sigmoid", "aot_eager"),
         ("linear_loss", "dapo-all", "aot_eager"),
         ("linear_loss", "simpo", "inductor"),
-        # a loss of each base
-        *(("linear_loss", case, "aot_eager") for case in ("kto", "bco-batch", "aot", "beta_dpo", "orpo", "mixture")),
-        *(("linear_loss", case, "aot_eager") for case in ("dapo-masks", "gmpo-entropy", "vespo", "asymre", "clip_cov")),
+        *(pytest.param("linear_loss", case, "aot_eager", marks=pytest.mark.nightly) for case in BASES),
         ("linear_token_stats", "sft", "aot_eager"),
         ("token_stats", "sft", "aot_eager"),
     ],
@@ -58,7 +65,26 @@ def test_fullgraph(operation, case, backend):
         assert relative_error(a, b) < 1e-11
 
 
-SPLITS = [splits.positive_only(), splits.no_reweighting(), Split(reweight="tertiles", population="batch")]
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", ["sigmoid", "dapo-all", "simpo", *BASES])
+def test_coefficients_trace(case, masked):
+    """As the traced ``linear_loss`` makes them, from a batch as it is handed over."""
+    torch._dynamo.reset()
+    loss = create(case)
+    stats, batch, _ = make_batch(loss, [3, 5, 0, 4], masked=masked)
+    want, truth = coefficients(loss, stats, batch)
+    got, found = torch.compile(lambda s, b: coefficients(loss, s, b), fullgraph=True, backend="eager")(stats, batch)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    for a, b in zip(found, truth, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or relative_error(a, b) < 1e-11
+
+
+SPLITS = [
+    pytest.param(splits.positive_only(), marks=pytest.mark.nightly),
+    pytest.param(splits.no_reweighting(), marks=pytest.mark.nightly),
+    Split(reweight="tertiles", population="batch"),
+]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -106,7 +132,11 @@ def test_fullgraph_with_a_plan_of_packed_sequences():
         assert relative_error(a, b) < 1e-11
 
 
-@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats", "token_stats"])
+# of linear_loss, test_all_that_varies_is_no_guard varies everything at once
+OPERATIONS = [pytest.param("linear_loss", marks=pytest.mark.nightly), "linear_token_stats", "token_stats"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_new_length_compiles_once_more_at_most(operation):
     torch._dynamo.reset()
     compilations = 0
@@ -144,7 +174,7 @@ def counting(function):
     return torch.compile(function, fullgraph=True, backend=backend), found
 
 
-@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats", "token_stats"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_temperatures_that_vary_are_no_guards(operation):
     torch._dynamo.reset()
     problem = Problem(create("sigmoid"), softcap=None)
@@ -167,6 +197,7 @@ def test_temperatures_that_vary_are_no_guards(operation):
     assert count[0] <= 2
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", ["sigmoid", "dapo", "kto"])
 def test_batch_sizes_that_vary_are_no_guards(case):
     torch._dynamo.reset()
@@ -189,6 +220,32 @@ def test_batch_sizes_that_vary_are_no_guards(case):
     assert count[0] <= 2
 
 
+@pytest.mark.parametrize("case", ["sigmoid", pytest.param("dapo", marks=pytest.mark.nightly)])
+def test_all_that_varies_is_no_guard(case):
+    """Batch size, length, temperature and the schedule of a split."""
+    torch._dynamo.reset()
+    loss, weight = create(case), torch.randn(V, H, dtype=torch.float64, requires_grad=True)
+    schedule = splits.controlled_dpo(positive=(1.0, 0.5), negative=(0.0, 1.0))
+
+    def function(hidden, labels, side, temperature, split):
+        options = {"temperature": temperature, "split": split, "scratch_bytes": 1 << 20}
+        return linear_loss(hidden, weight, labels, loss, **options, **side).loss
+
+    compiled, count = counting(function)
+    for step in range(5):
+        problem = Problem(loss, batch=2 * step + 2, length=step + 4)
+        hidden = problem.tensors["hidden"]
+        arguments = (hidden, problem.labels, problem.side_inputs, 0.55 + 0.1 * step, schedule.at(step / 5))
+        got, want = compiled(*arguments), function(*arguments)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+        leaves = (hidden, weight)
+        for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+            assert relative_error(a, b) < 1e-11
+    # the first call, then any other
+    assert count[0] <= 2
+
+
+@pytest.mark.nightly
 def test_schedules_of_a_split_are_no_guards():
     torch._dynamo.reset()
     problem = Problem(create("sigmoid"))

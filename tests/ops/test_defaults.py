@@ -23,6 +23,7 @@ def call(problem: Problem, **options):
     return (found.loss.detach(), *torch.autograd.grad(found.loss, problem.leaves), *found.metrics.values())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scratch", [0, 1 << 20])
 @pytest.mark.parametrize("case", CASES)
 def test_another_default_dtype(case, scratch, default_dtype):

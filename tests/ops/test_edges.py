@@ -193,8 +193,8 @@ def test_a_slice_of_hidden_states_is_not_copied(operation, frozen, masked):
     def call(hidden):
         if operation == "linear_loss":
             side = {"ref_logp": torch.zeros(batch)}
-            return linear_loss(hidden, weight, labels, losses.create("sigmoid"), scratch_bytes=1 << 16, **side).loss
-        return linear_token_stats(hidden, weight, labels, scratch_bytes=1 << 16).logp.square().sum()
+            return linear_loss(hidden, weight, labels, losses.create("sigmoid"), scratch_bytes=1 << 18, **side).loss
+        return linear_token_stats(hidden, weight, labels, scratch_bytes=1 << 18).logp.square().sum()
 
     def gradients(hidden):
         hidden = hidden.detach().requires_grad_()

@@ -52,7 +52,34 @@ def test_the_route_in_words():
     assert plan.explain(16, 37, dtype=torch.float32, device="cpu").startswith("3 rows, H = 16, V = 37")
 
 
-@pytest.mark.parametrize("change", [{"rows": 0}, {"operation": "magic"}, {"dtype": "bfloat16"}, {"scratch_bytes": -5}])
+def test_prices_are_those_of_the_named_gpu():
+    h100, h200, cuda = (explain(8192, 4096, 131072, device=name) for name in ("H100", "h200", "cuda"))
+    assert "on paper, h100: " in h100 and h200 == cuda
+    # another price for the same route
+    assert [line for line in h100.splitlines() if " ms" not in line] == [
+        line for line in h200.splitlines() if " ms" not in line
+    ]
+    assert h100 != h200
+
+
+def test_a_plan_without_a_loss_token_says_so():
+    plan = make_plan(torch.full((2, 3), -100))
+    assert plan.explain(16, 37) == "0 rows: no label carries loss, so the head is not run"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": -1},
+        {"hidden_size": 8.0},
+        {"vocab_size": "37"},
+        {"vocab_size": 0},
+        {"device": "h1000"},
+        {"operation": "magic"},
+        {"dtype": "bfloat16"},
+        {"scratch_bytes": -5},
+    ],
+)
 def test_refusals(change):
     with pytest.raises(ValueError, match="must"):
         explain(**({"rows": 4, "hidden_size": 4, "vocab_size": 4} | change))

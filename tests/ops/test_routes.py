@@ -30,6 +30,7 @@ def check_gradients(problem: Problem, value: torch.Tensor, want: torch.Tensor) -
         assert relative_error(mine, truth) <= TOLERANCE, name
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, WEIGHT_FROZEN, frozenset({"hidden"})], ids=str)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, PLENTY])
 @pytest.mark.parametrize("case", [*CASES, "entropy-pairs"])
@@ -127,7 +128,7 @@ def test_linear_token_stats(route):
         assert relative_error(leaf.grad, grad) <= TOLERANCE
 
 
-@pytest.mark.parametrize("scratch", [0, 2 * ROW, PLENTY])
+@pytest.mark.parametrize("scratch", [0, pytest.param(2 * ROW, marks=pytest.mark.nightly), PLENTY])
 def test_gradcheck_of_statistics(scratch):
     problem = Problem(EntropyPairs(), batch=2, length=3)
 

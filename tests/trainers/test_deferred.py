@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,11 +10,33 @@ import torch
 from torch import nn
 
 from fused_po.trainers.deferred import DeferredLogits
-from fused_po.trainers.logits import Methods, deferring
+from fused_po.trainers.logits import Methods
+from fused_po.trainers.seam import putting_off, standing_in
 
 LAYER = nn.Linear(16, 11)
 HIDDEN = torch.randn(2, 5, 16)
 LABELS = torch.randint(11, (2, 5))
+
+
+def put_off(hidden: torch.Tensor) -> Any:
+    with standing_in(LAYER, putting_off({}, lambda: None, [])):
+        return LAYER(hidden)
+
+
+def _written(z: Any) -> Any:
+    z = 2.0 * z
+    z[:, 1, 3:5] = -5.0
+    z += torch.linspace(1, 2, 11)
+    return z / 2.0
+
+
+def _written_through_a_view(z: Any) -> Any:
+    z = 1.0 * z
+    part = z[:, 1:]
+    part.clamp_(max=0.1)
+    return z
+
+
 CHANGES = {
     "slice": lambda z: z[:, 1:-1],
     "ellipsis": lambda z: z[..., :-1, :],
@@ -31,6 +54,14 @@ CHANGES = {
     "view of classes": lambda z: z.view(2, 55),
     "double": lambda z: z.to(torch.float64),
     "split": lambda z: z.split(1, dim=0)[1],
+    "first classes": lambda z: z[..., :7],
+    "later classes": lambda z: z[..., 3:],
+    "unsqueeze": lambda z: z.unsqueeze(1) * 2,
+    "by a number first": lambda z: torch.mul(z, 0.5),
+    "equal": lambda z: (z == z.amax(-1, keepdim=True)).float() + 0.0 * z,
+    "masked": lambda z: z.masked_fill(LABELS[..., None] > 4, 0.0),
+    "written": lambda z: _written(z),
+    "written through a view": lambda z: _written_through_a_view(z),
     "split of classes": lambda z: z.split([4, 7], dim=-1)[1],
     "nansum": lambda z: (0.5 * z).detach().nansum(),
     "nansum of classes": lambda z: z.detach().nansum(-1),
@@ -59,7 +90,7 @@ def test_deferred_logits_are_logits(name):
 
     hidden = HIDDEN.clone().requires_grad_()
     want = result(LAYER(hidden))
-    got = result(deferring(LAYER, {}, lambda: None)(hidden))
+    got = result(put_off(hidden))
     assert got.shape == want.shape and got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     if want.requires_grad:
@@ -74,7 +105,7 @@ def test_deferred_logits_are_logits(name):
     "name", ["slice", "ellipsis", "scaled", "scaled twice", "capped", "flat", "view", "chunk", "split"]
 )
 def test_log_probs_and_entropies_follow_what_was_done(name):
-    found = CHANGES[name](deferring(LAYER, {}, lambda: None)(HIDDEN))
+    found = CHANGES[name](put_off(HIDDEN))
     assert isinstance(found, DeferredLogits)
     log_p = CHANGES[name](LAYER(HIDDEN)).log_softmax(-1)
     labels = torch.zeros(log_p.shape[:-1], dtype=torch.int64)
@@ -86,8 +117,8 @@ def test_the_autocast_of_the_model_is_remembered():
     """accelerate leaves it before the trainer sees the logits."""
     hidden = HIDDEN.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, want = deferring(LAYER, {}, lambda: None)(hidden), LAYER(hidden)
-    assert torch.equal(logits.made(), want.float())
+        logits, want = put_off(hidden), LAYER(hidden)
+    assert logits.dtype == want.dtype == torch.bfloat16 and torch.equal(logits.made(), want)
     assert torch.equal(logits.argmax(-1), want.argmax(-1))
     found = logits.logp(LABELS)
     # bfloat16 operands, and products that are not rounded to it
@@ -127,19 +158,63 @@ def test_predictions_hold_logits_that_are_there():
     assert "prediction_step" not in vars(Trainer)
 
 
-def test_changes_in_place_are_kept_or_refused():
-    logits = deferring(LAYER, {}, lambda: None)(HIDDEN)
+def test_changes_in_place_are_kept():
+    logits = put_off(HIDDEN)
     logits.div_(0.5)
     logits /= 2.0
+    assert logits.now is None
     torch.testing.assert_close(logits.made(), LAYER(HIDDEN))
-    with pytest.raises(TypeError, match="can't be changed in place by clamp_"):
-        logits.clamp_(0.0)
-    with pytest.raises(TypeError, match="item assignment"):
-        logits[0] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda z: z.clamp(max=1.0), "clamp"),
+        (lambda z: torch.where(z > 0, z, 0.0), "__gt__"),
+        (lambda z: z.log_softmax(-1).exp(), "log_softmax and exp"),
+        (lambda z: torch.cat([z, z]), "cat"),
+    ],
+)
+def test_what_is_not_followed_is_made_once_and_named(change, name):
+    logits = put_off(HIDDEN)
+    with pytest.warns(UserWarning) as caught:
+        change(logits)
+        kept = logits.now
+        assert kept is not None and change(logits) is not None and logits.now is kept
+    assert [str(one.message) for one in caught] == [
+        f"{name} of a model's logits is not followed: all 2 x 5 x 11 of them are made"
+    ]
+
+
+def test_log_probs_of_logits_that_were_made():
+    """They are those of what was made of them, and have its gradient, also where a log asked first."""
+    hidden = HIDDEN.clone().requires_grad_()
+    logits = put_off(hidden)
+    with pytest.warns(UserWarning, match="max"), torch.no_grad():
+        logits.max()
+    logits[..., 3] = 2.0
+    want = LAYER(hidden).index_fill(-1, torch.tensor([3]), 2.0).log_softmax(-1).gather(-1, LABELS[..., None])[..., 0]
+    found = logits.logp(LABELS)
+    torch.testing.assert_close(found, want)
+    for mine, truth in zip(
+        torch.autograd.grad(found.sum(), [hidden, LAYER.weight]),
+        torch.autograd.grad(want.sum(), [hidden, LAYER.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_what_can_be_told_without_logits():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = put_off(HIDDEN)
+        assert logits.size(-1) == 11 and logits.dim() == logits.ndim == 3 and logits.numel() == 110
+        assert logits.is_floating_point() and not hasattr(logits, "full_tensor") and len(logits) == 2
+        assert logits.to("cpu", non_blocking=True) is logits and logits.to(HIDDEN) is logits
 
 
 def test_the_mean_is_for_the_log():
     hidden = HIDDEN.clone().requires_grad_()
-    found = deferring(LAYER, {}, lambda: None)(hidden).mean()
+    found = put_off(hidden).mean()
     with pytest.raises(RuntimeError, match="has no gradient"):
         found.backward()

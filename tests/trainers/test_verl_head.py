@@ -15,7 +15,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from fused_po.trainers import verl
 from tests.test_distributed import RANKS, on_ranks
 from tests.test_model_vision import qwen2_vl
-from tests.trainers.verl_modules import DENSE, KERNEL, MEGATRON, TORCH, installed
+from tests.trainers.verl_modules import DENSE, KERNEL, MEGATRON, PATCH, TORCH, installed
 
 B, S, H, V = 2, 6, 16, 39
 assert V % RANKS == 0
@@ -251,6 +251,28 @@ def test_the_forward_that_verl_puts_in_place_is_ours(path, name):
         out = forward(model, input_ids=ids, attention_mask=torch.ones_like(ids), temperature=0.7, return_dict=True)
         assert verl.calls() == 1
     agree((out.log_probs, out.entropy), wanted, list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_class_whose_forward_verl_replaces_runs_its_own(name):
+    model = tiny(name)
+    model.__class__ = type(model.__class__.__name__, (model.__class__,), {"forward": model.__class__.forward})
+    ids = torch.randint(3, V, (B, S))
+    wanted = truth(model(input_ids=ids).logits / 0.7, ids.roll(-1, -1))
+    with installed() as modules, verl.enable():
+        modules[PATCH].patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="triton")
+        for _ in range(2):
+            out = model(input_ids=ids, temperature=0.7)
+        assert verl.calls() == 2
+    agree((out.log_probs, out.entropy), wanted, list(model.parameters()))
+
+
+def test_a_forward_that_is_lost():
+    kind = type(
+        "Lost", (nn.Module,), {"forward": verl.forward_with_fused_po, "get_output_embeddings": lambda self: None}
+    )
+    with pytest.raises(ValueError, match="the forward of Lost is lost: note_forward"):
+        kind()(input_ids=torch.zeros(1, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])

@@ -17,6 +17,7 @@ TORCH = "verl.utils.experimental.torch_functional"
 DENSE = "verl.models.transformers.dense_common"
 MEGATRON = "verl.models.mcore.model_forward_fused"
 CORE = "verl.trainer.ppo.core_algos"
+PATCH = "verl.models.transformers.monkey_patch"
 
 SOURCES = {
     KERNEL: """
@@ -58,6 +59,13 @@ from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 def fused_output_processor(hidden_states, weight, labels, temperature, group):
     return linear_cross_entropy(hidden_states, weight, labels, temperature, "none", group)
 """,
+    # as in verl: the class of the model gets the forward that the module has by then
+    PATCH: """
+def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
+    from verl.models.transformers.dense_common import forward_with_torch_backend, forward_with_triton_backend
+    triton = fused_kernels_backend == "triton"
+    model.__class__.forward = forward_with_triton_backend if triton else forward_with_torch_backend
+""",
     CORE: """
 POLICY_LOSS_REGISTRY = {}
 def register_policy_loss(name):
@@ -84,7 +92,7 @@ def installed(without: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
             module = made[name] = ModuleType(name)
             module.__spec__, module.__path__ = ModuleSpec(name, None), []
             sys.modules[name] = module
-        for name in (KERNEL, TORCH, DENSE, MEGATRON, CORE):
+        for name in (KERNEL, TORCH, DENSE, MEGATRON, PATCH, CORE):
             if name in made:
                 exec(SOURCES[name], made[name].__dict__)
         yield made

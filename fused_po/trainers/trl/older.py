@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.deferred import DeferredLogits, made
 from fused_po.trainers.logits import Methods
 from fused_po.trainers.trl import chunked_nll
 
@@ -132,7 +132,7 @@ def _selective_log_softmax(original: Callable[..., Any]) -> Callable[..., Any]:
         logits: Any, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Any:
         if not _fits(logits, index):
-            return original(_made(logits), index, **_given(temperature, row_mask))
+            return original(made(logits), index, **_given(temperature, row_mask))
         return (logits / temperature).logp(_masked(index, row_mask))
 
     return selective_log_softmax
@@ -149,7 +149,7 @@ def _selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable
     ) -> Any:
         if not _fits(logits, index):
             options = _given(temperature, row_mask)
-            return original(_made(logits), index, entropy_requires_grad=entropy_requires_grad, **options)
+            return original(made(logits), index, entropy_requires_grad=entropy_requires_grad, **options)
         found = (logits / temperature).statistics(_masked(index, row_mask))
         entropy = found["entropy"]
         if temperature == 1.0:
@@ -175,11 +175,7 @@ _FUNCTIONS = {
 
 
 def _fits(logits: Any, index: Tensor) -> bool:
-    return isinstance(logits, DeferredLogits) and index.shape == logits.shape[:-1]
-
-
-def _made(logits: Any) -> Any:
-    return logits.made() if isinstance(logits, DeferredLogits) else logits
+    return isinstance(logits, DeferredLogits) and logits.now is None and index.shape == logits.shape[:-1]
 
 
 def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:

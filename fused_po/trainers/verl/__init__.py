@@ -9,7 +9,13 @@
     verl.disable()
 """
 
-from fused_po.trainers.verl.head import FusedLinearForPPO, PPOOutput, forward_with_fused_po, linear_cross_entropy
+from fused_po.trainers.verl.head import (
+    FusedLinearForPPO,
+    PPOOutput,
+    forward_with_fused_po,
+    linear_cross_entropy,
+    note_forward,
+)
 from fused_po.trainers.verl.hook import Enabled, calls, disable, enable, is_enabled
 from fused_po.trainers.verl.policy import POLICY_LOSSES, PolicyLossFunction, policy_loss, register_policy_losses
 
@@ -25,6 +31,7 @@ __all__ = [
     "forward_with_fused_po",
     "is_enabled",
     "linear_cross_entropy",
+    "note_forward",
     "policy_loss",
     "register_policy_losses",
 ]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fused_po.ops import linear_token_stats
-from fused_po.trainers.model import base_and_head
+from fused_po.ops import linear_token_stats, token_stats
+from fused_po.trainers.model import run_apart
 
-__all__ = ["FusedLinearForPPO", "PPOOutput", "forward_with_fused_po", "linear_cross_entropy"]
+__all__ = ["FusedLinearForPPO", "PPOOutput", "forward_with_fused_po", "linear_cross_entropy", "note_forward"]
 
 OUTPUTS = ("logp", "entropy")
 REDUCTIONS = ("none", "sum", "mean")
+_originals: WeakKeyDictionary[type, Callable[..., Any]] = WeakKeyDictionary()
 
 
 def linear_cross_entropy(
@@ -120,16 +124,9 @@ class PPOOutput(CausalLMOutputWithPast):
 def forward_with_fused_po(
     self: nn.Module,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
+    *,
     labels: Tensor | None = None,
-    use_cache: bool | None = None,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
     return_dict: bool | None = None,
-    cache_position: Tensor | None = None,
     logits_to_keep: int | Tensor = 0,
     temperature: float | Tensor = 1.0,
     shift_labels: Tensor | None = None,
@@ -140,10 +137,11 @@ def forward_with_fused_po(
 
     ::
 
-        type(model).forward = forward_with_fused_po  # after verl's apply_monkey_patch
+        note_forward(type(model))  # before verl's apply_monkey_patch
+        type(model).forward = forward_with_fused_po  # after it
 
-    Unlike verl's it heeds the bias of the head, the softcap and the logit scale (Gemma 2, Cohere, Granite), and passes
-    what else it gets, images for one, to the model.
+    Unlike verl's it runs the model's own forward, and so heeds all that the model does to its logits, and passes what
+    else it gets, images for one, to the model.
 
     Args:
         input_ids: (B, S).
@@ -167,34 +165,46 @@ def forward_with_fused_po(
     source = labels if labels is not None else input_ids
     if shift_labels is None and source is None:
         raise ValueError("one of shift_labels, labels and input_ids is needed for the log-probs")
-    given = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "inputs_embeds": inputs_embeds,
-        "use_cache": use_cache,
-        "output_attentions": output_attentions,
-        "output_hidden_states": output_hidden_states,
-        "cache_position": cache_position,
-        **inputs,
-    }
-    base, head = base_and_head(self)
     # what is None may be unknown to the model
-    found = base.base_model(**{name: value for name, value in given.items() if value is not None}, return_dict=True)
+    given = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
+    taken = run_apart(self, partial(original_forward(type(self)), self, **given, return_dict=True))
     if shift_labels is None:
         assert source is not None
         shift_labels = source.roll(-1, -1)
-    options = kernel_options or {}
-    logp, entropy = _stats(found.last_hidden_state, head.weight, shift_labels, temperature, **head.options, **options)
+    if isinstance(taken.logits, Tensor):
+        found = token_stats(taken.logits, shift_labels.to(torch.int64), outputs=OUTPUTS, temperature=temperature)
+        logp, entropy = found.logp, found.entropy
+    else:
+        head, options = taken.logits.whole(), kernel_options or {}
+        hidden = taken.logits.hidden
+        logp, entropy = _stats(hidden, head.weight, shift_labels, temperature, **head.options, **options)
+    assert logp is not None and entropy is not None
     return PPOOutput(
-        past_key_values=found.get("past_key_values"),
-        hidden_states=found.get("hidden_states"),
-        attentions=found.get("attentions"),
+        past_key_values=taken.outputs.get("past_key_values"),
+        hidden_states=taken.outputs.get("hidden_states"),
+        attentions=taken.outputs.get("attentions"),
         # an operation in place on a view would drop the hook that FSDP2 puts on an output
         log_probs=logp.clone(),
         entropy=entropy.clone(),
     )
+
+
+def note_forward(kind: type) -> None:
+    """Remember the forward that a model's class has, before it gets another."""
+    _originals.setdefault(kind, kind.forward)  # type: ignore[attr-defined]
+
+
+def original_forward(kind: type) -> Callable[..., Any]:
+    """The model's own forward, where ours stands in its class.
+
+    Raises:
+        ValueError: it was lost when ours was put there.
+    """
+    for one in kind.__mro__:
+        forward = _originals.get(one, vars(one).get("forward"))
+        if forward is not None and inspect.unwrap(forward) is not forward_with_fused_po and one is not nn.Module:
+            return forward
+    raise ValueError(f"the forward of {kind.__name__} is lost: note_forward() its class before another is put there")
 
 
 class _Shared(torch.autograd.Function):

@@ -15,18 +15,22 @@ from fused_po.trainers.verl import head
 __all__ = ["Enabled", "calls", "disable", "enable", "is_enabled"]
 
 DENSE = "verl.models.transformers.dense_common"
+# sets the forward of a model's class
+PATCH = "patch_forward_with_backends"
 # module, name, and whether a verl without it is refused
 PLACES = (
     ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", True),
     ("verl.utils.experimental.torch_functional", "FusedLinearForPPO", True),
     (DENSE, "forward_with_torch_backend", False),
     (DENSE, "forward_with_triton_backend", False),
+    ("verl.models.transformers.monkey_patch", PATCH, False),
 )
 
 
 def _install(count: Callable[[], None], **options: Any) -> Callable[[], None]:
     originals = _found()
-    ours = {place: _counting(count, place[1], options) for place in originals}
+    ours = {place: _counting(count, place[1], options) for place in originals if place[1] != PATCH}
+    ours |= {place: _noting(original) for place, original in originals.items() if place[1] == PATCH}
     for place, original in originals.items():
         _replace(*place, original, ours[place])
 
@@ -44,10 +48,10 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
     """Let verl's actors with ``use_fused_kernels=True`` take log-probs and entropies from ``linear_token_stats``.
 
     Replaced are ``linear_cross_entropy`` (``impl_backend: triton``, and Megatron's path),
-    ``FusedLinearForPPO`` (``torch`` and ``liger``), and the forward that verl gives to text models, for one that heeds
-    bias, softcap and logit scale. Call it in each worker before the actor's model is built: a model that has verl's
-    forward already keeps it, and takes its log-probs from here all the same; one that was built meanwhile keeps ours
-    after ``disable``. Calling it again changes the options.
+    ``FusedLinearForPPO`` (``torch`` and ``liger``), and the forward that verl gives to text models, for one that runs
+    the model's own. Call it in each worker before the actor's model is built: a model that has verl's forward already
+    keeps it, and takes its log-probs from here all the same; one that was built meanwhile keeps ours after
+    ``disable``. Calling it again changes the options.
 
     Args:
         backend: as in ``linear_token_stats``; None: the first that supports the case.
@@ -116,6 +120,17 @@ def _counting(count: Callable[[], None], name: str, options: dict[str, Any]) -> 
 
         return Counted
     return counted(head.forward_with_fused_po, kernel_options=options)
+
+
+def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """verl's function, before which the forward that the model's class has is remembered."""
+
+    @wraps(original)
+    def patch(model: Any, *args: Any, **kwargs: Any) -> Any:
+        head.note_forward(type(model))
+        return original(model, *args, **kwargs)
+
+    return patch
 
 
 def _replace(module: str, name: str, old: Any, new: Any) -> None:

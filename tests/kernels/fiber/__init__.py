@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pybind11
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from fused_po.kernels.contract import PARTIALS, Coefficients, Span, Transform
@@ -89,12 +90,14 @@ def build(plants: tuple[Plant, ...] = ()) -> tuple[ModuleType, ctypes.CDLL]:
     # modules of one name would be taken for one another
     name = f"fibers_{digest}"
     module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(name, texts, Path(scratch))
-            # whole or not at all, also where two processes build
-            os.replace(made, module)
+    folder.mkdir(parents=True, exist_ok=True)
+    # of two processes one builds
+    with FileLock(folder / "lock"):
+        if not module.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = _compile(name, texts, Path(scratch))
+                # whole or not at all
+                os.replace(made, module)
     spec = importlib.util.spec_from_file_location(name, module)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

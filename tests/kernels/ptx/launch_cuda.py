@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from fused_po.kernels.build import BuildError, Toolkit
@@ -75,7 +76,8 @@ def modules(architecture: str = "90a") -> dict[str, Module]:
                 os.replace(made, target)
         return Module(target.read_text(encoding="utf-8"))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # of two processes one compiles
+    with FileLock(folder / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(KERNELS, pool.map(compiled, KERNELS), strict=True))
 
 

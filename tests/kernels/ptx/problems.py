@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,10 @@ from fused_po.stats import STATISTICS
 from fused_po.testing import KernelProblem
 from tests.kernels.test_rows import check, plain, plain_grad
 
-__all__ = ["FLOATS", "pairwise", "problem", "run_grad", "run_softmax", "run_stats"]
+__all__ = ["FLOATS", "problem", "run_grad", "run_softmax", "run_stats"]
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LABEL_IGNORED = -100
-
-
-def pairwise(**factors: list[Any]) -> list[dict[str, Any]]:
-    """Few cases in which any two values of different factors meet."""
-    names = list(factors)
-    every = list(product(*factors.values()))
-
-    def pairs(case: tuple[Any, ...]) -> set[Any]:
-        return {(a, case[a], b, case[b]) for a, b in combinations(range(len(names)), 2)}
-
-    missing = set().union(*map(pairs, every))
-    found = []
-    while missing:
-        gains = [len(pairs(case) & missing) for case in every]
-        best = every[gains.index(max(gains))]
-        missing = missing - pairs(best)
-        found.append(dict(zip(names, best, strict=True)))
-    return found
 
 
 def problem(
