@@ -150,9 +150,9 @@ def _train(arguments: argparse.Namespace) -> int:
     check_trainable(loss)
     split = None
     if arguments.split is not None:
-        presets = {name: getattr(splits, name) for name in splits.__all__ if name[0].islower()} | {
-            "split": splits.Split
-        }
+        presets = {name: getattr(splits, name) for name in splits.__all__}
+        presets = {name: make for name, make in presets.items() if make.__annotations__.get("return") == "Split"}
+        presets["split"] = splits.Split
         if arguments.split not in presets:
             raise ValueError(f"--split {arguments.split}: expected one of {', '.join(sorted(presets))}")
         split = _called(presets[arguments.split], "--split", _pairs("--split-arg", arguments.split_arg))

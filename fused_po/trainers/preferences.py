@@ -21,6 +21,7 @@ from fused_po import LossOutput, Split, linear_loss, linear_token_stats
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.ops.checks import IGNORE
+from fused_po.splits import check_split
 from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.model import take_apart
@@ -70,8 +71,8 @@ class PreferenceTrainer(Trainer):
         options: of ``Trainer``.
 
     Raises:
-        ValueError: a loss that preferences can't train, rows that do not suit it, no parameter to train, a model whose
-            log-probs are not those of its head on its last hidden states, several GPUs in one process.
+        ValueError: a loss that preferences can't train, rows or a split that do not suit it, no parameter to train,
+            several GPUs in one process.
     """
 
     # of transformers 5; older ones ask model_accepts_loss_kwargs
@@ -90,6 +91,7 @@ class PreferenceTrainer(Trainer):
         **options: Any,
     ) -> None:
         check_trainable(loss)
+        check_split(None if split is None else split.at(0.0), loss)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("no parameter of the model is trained: all are frozen")
         self.loss, self.split, self._aside = loss, split, False
@@ -188,7 +190,8 @@ class PreferenceTrainer(Trainer):
 
     def _logp(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
         """Log-probs of the targets, (B, S - 1), 0 where ignored, without a gradient."""
-        inputs, targets = {name: batch[prefix + name] for name in _INPUTS}, batch[f"{prefix}targets"]
+        inputs: dict[str, Any] = {name: batch[prefix + name] for name in _INPUTS}
+        targets = batch[f"{prefix}targets"]
         with torch.no_grad(), self.accelerator.autocast():
             hidden, head, _ = take_apart(model, **inputs)
             return cast(Tensor, linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
@@ -213,7 +216,8 @@ class PreferenceTrainer(Trainer):
             side |= {"num_items": totals[0], "num_sequences": totals[1]}
             side |= {"num_chosen_items": totals[2]} if self._paired else {}
         with self.accelerator.autocast():
-            hidden, head, _ = take_apart(model, **{name: batch[name] for name in _INPUTS})
+            inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS}
+            hidden, head, _ = take_apart(model, **inputs)
             options = {"split": split, **head.options, **side}
             return linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options)
 
