@@ -19,12 +19,12 @@ _SHARES = ("loss", "nll_loss", "policy_loss")
 
 
 def weighed_metrics(batch: Mapping[str, Tensor], out: LossOutput, paired: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the loss reports, each with the number of tokens or answers that it is a mean of.
+    """The loss and what it reports, each with the number of tokens or answers that it is a mean of.
 
     Of pairs whose loss logs no rewards of its own, ``rewards/accuracies`` and ``rewards/margins`` are those of the
     log-ratios to the reference.
     """
-    found = dict(out.metrics)
+    found = {"loss": out.loss, **out.metrics}
     if paired and "ref_logp" in batch and "rewards/margins" not in found and out.stats.logp is not None:
         chosen, rejected = (out.stats.logp.double() - batch["ref_logp"]).sum(1).chunk(2)
         found["rewards/accuracies"] = (chosen > rejected).double().mean()

@@ -263,7 +263,7 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             out = self.loss_output(model, inputs, self._eval_totals)
         if real:
-            self._eval.add({"loss": (out.loss, torch.ones(())), **weighed_metrics(inputs, out, self._paired)})
+            self._eval.add(weighed_metrics(inputs, out, self._paired))
         return None, None, None
 
     def evaluation_loop(
@@ -287,6 +287,7 @@ class PreferenceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            # older engines round the loss
             logs |= self._train.take(self.accelerator, self._steps)
             self._steps = 0
             loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
