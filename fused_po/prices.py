@@ -25,6 +25,7 @@ class Device:
         double: of float64 products.
         bandwidth: bytes/s, read plus written.
         launch: seconds that a kernel takes to start.
+        memory: bytes that a process finds free on it, about.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Device:
     double: float
     bandwidth: float
     launch: float = 2.5e-6
+    memory: int = 0
 
     def rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
         """FLOP/s of products with operands of a dtype."""
@@ -64,10 +66,10 @@ class Device:
 DEVICES = {
     known.name: known
     for known in (
-        Device("a100", half=260e12, tf32=130e12, single=17e12, double=17e12, bandwidth=1.8e12),
-        Device("h100", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=3.0e12),
-        Device("h200", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=4.3e12),
-        Device("b200", half=1700e12, tf32=850e12, single=56e12, double=28e12, bandwidth=7.2e12),
+        Device("a100", half=260e12, tf32=130e12, single=17e12, double=17e12, bandwidth=1.8e12, memory=79 << 30),
+        Device("h100", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=3.0e12, memory=79 << 30),
+        Device("h200", half=750e12, tf32=370e12, single=50e12, double=50e12, bandwidth=4.3e12, memory=139 << 30),
+        Device("b200", half=1700e12, tf32=850e12, single=56e12, double=28e12, bandwidth=7.2e12, memory=178 << 30),
     )
 }
 

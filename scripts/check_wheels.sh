@@ -24,10 +24,10 @@ for python in "$@"; do
       *) echo "$tag: $(basename "$file") is not for it"; continue ;;
     esac
     echo "$tag: $(basename "$file")"
-    # without nvcc on PATH; CUDA_HOME names no place
+    # no nvcc on PATH nor in CUDA_HOME, and sources compile nothing with one that lies elsewhere
     (
       cd "$work"
-      export PATH="$work/env/bin:/usr/bin:/bin" CUDA_HOME="$work/none" FUSED_PO_JIT=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+      export PATH="$work/env/bin:/usr/bin:/bin" CUDA_HOME="$work/none" FUSED_PO_JIT=0 FUSED_PO_BUILD_CUDA=0 PIP_DISABLE_PIP_VERSION_CHECK=1
       # what it needs stays in the environment for the next; the package itself does not
       pip uninstall -q -y fused-po 2> "$work/none-yet"
       pip install -q -c "$root/constraints.txt" "$file"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from fused_po import losses
 from fused_po.losses.batch import OPTIONAL
-from fused_po.losses.pairwise import ReferenceLoss
+from fused_po.losses.pairwise import PairLoss, ReferenceLoss
+from fused_po.losses.policy import PolicyLoss
+from fused_po.losses.unpaired import UnpairedLoss
 from fused_po.ops.batches import Layout, call_batch
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import make_plan
@@ -37,7 +40,10 @@ Make one with `fused_po.losses.create(name, **hyperparameters)`, or a weighted s
 loss_weights=[1.0, 0.2])`. Names and defaults of hyper-parameters are TRL's where TRL has the loss.
 
 - **a, d**: summed log-probs of the chosen and the rejected answer; **u, v**: their log-ratios to the reference;
-  **h = u - v**; **r**: ratio of the policy to the one that sampled; **A**: advantage.
+  **h = u \u2212 v**; **len**: loss tokens of an answer; **r**: ratio of the policy to the one that sampled, **R** that
+  of a whole sequence; **A**: advantage; **π**: probability of the token; **\u03c3**: sigmoid; **sg**: no gradient
+  flows; **q**: `label_smoothing`; **β, ε, ...**: the hyper-parameters of these names. In *italics*: what the
+  values are summed over and divided by, with the default hyper-parameters.
 - **Horizon**: what must be seen whole, and is never cut. **Reads**: statistics and side inputs, optional ones in
   brackets.
 - **GEMMs**: with a trainable head / with a frozen one. The third number, where there is one, is that of a horizon
@@ -83,9 +89,89 @@ def summary(loss: losses.Loss) -> str:
     return " ".join((inspect.getdoc(type(loss)) or "").split("\n\n")[0].split())
 
 
+def formulas(loss: losses.Loss) -> list[tuple[str, str]]:
+    """The formulas of the docstring as they are written there, each with the words that say where it holds."""
+    found = re.findall(r"``(.+?)``((?: (?:on|where|with|without|of the) [^,;:(`]+)?)", summary(loss))
+    # others are names of arguments and classes
+    return [(code, words.strip().rstrip(".")) for code, words in found if re.search(r"[ (]", code)]
+
+
+# longest first; words of a formula and what stands for them on paper
+_SYMBOLS: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"epsilon_high": "ε<sub>high</sub>",
+    r"(?:cpo_alpha|ppo_kl_coef|delta_v|dual_clip)": r"<code>\g<0></code>",
+    r"stopgrad": "sg",
+    r"mean_t\b": "mean<sub>t</sub>",
+    r"\bw_([DU])\b": r"w<sub>\1</sub>",
+    r"\b([sApra])_(t|ref)\b": r"\1<sub>\2</sub>",
+    r"\bd_ref\b": "d<sub>ref</sub>",
+    r"\blog p<sub>t</sub>": "log p<sub>t</sub>",
+    r"len([+-])": lambda found: f"len<sub>{_minus(found[1])}</sub>",
+    r"\b([rP])([+-])(?=[ )]|$)": lambda found: f"{found[1]}<sub>{_minus(found[2])}</sub>",
+    r"e\^\{([^}]*)\}": r"e<sup>\1</sup>",
+    r"e\^(-?\w+)": r"e<sup>\1</sup>",
+    r"\^2": "²",
+    r"\bsigmoid": "\u03c3",
+    r"\bz0\b": "z<sub>0</sub>",
+    r"\bphi\b": "φ",
+    r"\bpi\b": "π",
+    **{
+        rf"(?<!_)\b{name}\b": sign
+        for name, sign in zip(("alpha", "beta", "gamma", "epsilon", "lambda", "tau"), "αβγελτ", strict=True)
+    },
+}
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
+
+
+def typeset(formula: str) -> str:
+    """A formula in letters and signs that every page shows: Greek, subscripts, a minus that is one."""
+    for pattern, sign in _SYMBOLS.items():
+        formula = re.sub(pattern, sign, formula)
+    # a hyphen between letters is one
+    formula = re.sub(r"(?<![A-Za-z])-|-(?![A-Za-z])", "\u2212", formula)
+    return formula.replace("|", "\u2223").replace("*", "·")
+
+
 def equation(loss: losses.Loss) -> str:
-    """What the docstring gives as code."""
-    return " and ".join(re.findall(r"``(.+?)``", summary(loss)))
+    """What the docstring gives as formulas, and what their sum is divided by."""
+    lines = [typeset(code) + (f", {typeset(words)}" if words else "") for code, words in formulas(loss)]
+    return "<br>".join([*lines, f"*{normaliser(loss)}*"])
+
+
+def normaliser(loss: losses.Loss) -> str:
+    """What the values of a loss are divided by, found from the weight that it gives each token of a call."""
+    if isinstance(loss, PairLoss):
+        return "mean over pairs"
+    if isinstance(loss, UnpairedLoss):
+        return "mean over answers"
+    if not isinstance(loss, PolicyLoss):
+        return "mean over loss tokens (of chosen answers, if paired)"
+    labels = torch.tensor([[0, -100, -100], [0, 0, 0]])
+    plan = make_plan(labels)
+    shares = []
+    for count in (None, 8):
+        values = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        batch = call_batch(Layout.of(labels, plan), {}, count, None, torch.float64)
+        loss.aggregate(values, batch).backward()
+        shares.append(None if values.grad is None else values.grad.tolist())
+    first, given = shares
+    if first == [0.25] * 4:
+        return (
+            "mean over loss tokens, of all calls if `num_items` is given"
+            if given != first
+            else "mean over the call's loss tokens"
+        )
+    means, sums = [0.5, *[1 / 6] * 3], [0.5] * 4
+    if torch.allclose(torch.tensor(first), torch.tensor(means)):
+        return "mean over sequences of their token means"
+    if first == sums:
+        return "mean over sequences of their token sums"
+    if first == [one / getattr(loss, "max_completion_length", 1) for one in sums]:
+        return "sum over tokens, divided by sequences · `max_completion_length`"
+    raise AssertionError(f"{loss.name} divides by something that has no name here: {first}")
 
 
 def paper(loss: losses.Loss) -> str:
@@ -117,10 +203,9 @@ def table() -> str:
         for loss in made:
             if type(loss).__module__.rsplit(".", 1)[1] in modules:
                 given = ", ".join(f"{f.name} {_shown(getattr(loss, f.name))}" for f in fields(loss) if f.init)
-                formula = equation(loss).replace("|", "\\|")
                 rows.append(
-                    f"| **`{loss.name}`**<br>{given} | `{formula}` | {paper(loss)} | {loss.horizon} | {reads(loss)} "
-                    f"| {gemms(loss)} | ![](losses/{loss.name}.png) |"
+                    f"| **`{loss.name}`**<br>{given} | {equation(loss)} | {paper(loss)} | {loss.horizon} "
+                    f"| {reads(loss)} | {gemms(loss)} | ![](losses/{loss.name}.png) |"
                 )
         blocks.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
     blocks.append(micro_batches(made))

@@ -19,6 +19,7 @@ from fused_po.bench.accuracy import bounds, method_errors, rejected
 from fused_po.bench.cases import Case, Problem, choose, groups
 from fused_po.bench.compare import run_case
 from fused_po.bench.objectives import OBJECTIVES
+from fused_po.bench.summary import beside_eager
 from fused_po.cli import main
 
 SMALL = Case(64, 16, 96, 16)
@@ -76,6 +77,33 @@ def test_a_peer_that_fails_is_listed_with_the_reason(monkeypatch):
     assert row["share_of_floor"] == pytest.approx(result["floor"]["ms"] / row["ms"])
     gradients = 4 * 16 * (64 + 96)
     assert row["peak_bytes"] - row["scratch_bytes"] == gradients
+
+
+def test_a_first_look_says_when_fusing_pays(monkeypatch, capsys):
+    """The small cases take what is done in seconds; what does not run is said once."""
+    small = [SMALL, replace(SMALL, from_logits=True), replace(SMALL, frozen=True)]
+    monkeypatch.setattr("fused_po.bench.cases.groups", lambda device: {"quick": small})
+    assert main(["bench", "--device", "cpu", "--seconds", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("from about 4 million logits") < out.index(SMALL.name)
+    assert "  compile " not in out and "  liger " not in out
+    assert out.count("linear_loss[triton]") == 1 and out.count("the case starts from logits") == 3
+    lines = out[out.index("Fused over torch eager:") :].splitlines()
+    assert [line.split(", ")[1] for line in lines[1:4]] == ["linear_loss", "token_stats", "linear_loss"]
+
+
+def test_time_and_memory_beside_eager():
+    def row(ms, scratch, over=()):
+        return {"ms": ms, "scratch_bytes": scratch, "over_bound": list(over)}
+
+    shape = {"tokens": 1000, "vocab": 3000, "from_logits": False}
+    both = {"linear_loss": row(2.0, 10), "eager": row(4.0, 40, ["hidden"])}
+    alone = {"case": "b", "shape": shape, "methods": {"eager": both["eager"]}}
+    (_, line) = beside_eager([{"case": "a", "shape": shape, "methods": both}, alone])
+    assert line.startswith(
+        "  0.50 x the time and 0.25 x the scratch, linear_loss, 3.0 million logits: a (eager is over"
+    )
+    assert beside_eager([alone]) == []
 
 
 def test_the_command_writes_json_and_names_what_it_does_not_know(tmp_path, capsys):

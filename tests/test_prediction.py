@@ -46,6 +46,7 @@ def measured(shape, route: str, trainable: bool, entropy: bool, dtype: torch.dty
     return peak_memory(call, "cpu")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("route", ROUTES)

@@ -72,6 +72,41 @@ def test_a_loss_of_ones_own_trains(tmp_path: Path, own_loss: str) -> None:
     assert "agree" in run(tmp_path, *arguments)
 
 
+def commands() -> list[list[str]]:
+    """The lines of the README that start with ``fused-po``."""
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fused-po ")]
+
+
+# in the place of what the README leaves open, and for less of it; the rest stays as it is shown
+SMALLER = {
+    "doctor": [],
+    "train": ["--steps", "2", "--output", "run"],
+    "bench": ["--cases", "T512-H128-V2000*", "--methods", "linear_loss", "eager", "--seconds", "0.01"],
+    "bench --paper": ["--cases", "dapo-small"],
+    "profile": ["--lengths", "1024", "65536"],
+}
+
+
+def test_the_commands_run(tmp_path: Path) -> None:
+    """All but the study, which its own tests run."""
+    rows = [f'{{"prompt": "Say {word}.", "chosen": "{word}", "rejected": "no"}}' for word in ("one", "two", "six")]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    shown = commands()
+    assert {words[0] for words in shown} == {"doctor", "train", "bench", "profile", "study"}
+    ran = set()
+    for words in shown:
+        name = " ".join(words[:2]) if words[1:2] == ["--paper"] else words[0]
+        if name == "study":
+            continue
+        words = ["tiny" if word == "PATH_OR_ID" else word for word in words]
+        printed = run(tmp_path, "-m", "fused_po", *words, *SMALLER[name])
+        assert len(printed.splitlines()) > 3, name
+        ran.add(name)
+    assert ran == set(SMALLER)
+    assert (tmp_path / "profile" / "profile.png").exists() and (tmp_path / "run" / "model").is_dir()
+
+
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Import a snippet that registers a loss; other tests know all losses, so it is gone afterwards."""

@@ -214,6 +214,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, 1 << 24])
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("case", ["sigmoid", "simpo", "kto", "dapo-all", "cpo", "mixture"])
@@ -255,6 +256,7 @@ def test_stats_loss_equals_autograd_and_says_what_is_missing():
     assert stats_loss(few, problem.labels, losses.create("sft")).metrics == {}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, frozenset({"weight"})], ids=str)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, 1 << 24])
 @pytest.mark.parametrize("case", ["sigmoid", "kto", "dapo-all", "grpo-sequence", "orpo", "entropy-pairs"])

@@ -103,8 +103,12 @@ def _fields(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in names} | {"dtype": str(case.dtype).removeprefix("torch.")}
 
 
-def table(result: dict[str, Any]) -> str:
-    """A case as lines of text."""
+def table(result: dict[str, Any], told: set[tuple[str, str]] | None = None) -> str:
+    """A case as lines of text.
+
+    Args:
+        told: which methods were said not to run, and why: that is said once, and added here.
+    """
     floor = result["floor"]
     what = f"{floor['gemms']} bare GEMMs" if floor["gemms"] else "bytes over those of the copy"
     lines = [f"{result['case']}: floor {floor['ms']:.3f} ms ({what}), copy {floor['copy_gb_per_s']:.0f} GB/s"]
@@ -116,5 +120,8 @@ def table(result: dict[str, Any]) -> str:
             f"{100 * row['share_of_floor']:6.1f} % of floor{row['scratch_bytes'] / 2**20:10.1f} MiB scratch"
             f"  gradient error {worst:.1e}{' OVER THE BOUND' if row['over_bound'] else ''}"
         )
-    lines += [f"  {name:30s} not run: {reason}" for name, reason in result["absent"].items()]
+    told = set() if told is None else told
+    absent = [pair for pair in result["absent"].items() if pair not in told]
+    told.update(absent)
+    lines += [f"  {name:30s} not run: {reason}" for name, reason in absent]
     return "\n".join(lines)

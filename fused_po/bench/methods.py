@@ -14,7 +14,7 @@ from fused_po import linear_loss, linear_token_stats, token_stats
 from fused_po.bench.cases import Case, Problem
 from fused_po.kernels.select import BACKENDS, select, unsupported
 
-__all__ = ["NAMES", "Absent", "Method", "Outcome", "check_names", "competitors"]
+__all__ = ["NAMES", "QUICK", "Absent", "Method", "Outcome", "check_names", "competitors"]
 
 # the loss, and the log-probs (B, S) where the method returns any
 Outcome = tuple[Tensor, Tensor | None]
@@ -128,6 +128,10 @@ NAMES = {
     "torch_lce": "torch `linear_cross_entropy`",
     "quack": "quack linear cross entropy",
 }
+
+
+# of a first look: what needs no compiler and is done in seconds
+QUICK = ("ours", "eager", "trl")
 
 
 def _ours(problem: Problem, device: str) -> tuple[list[Method], dict[str, str]]:

@@ -24,20 +24,19 @@ def positive(kind: type) -> Any:
     return parse
 
 
-_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def memory_size(text: str) -> int:
-    """A type for ``argparse``: bytes, from ``80GiB``, ``512MB``, ``2.5G`` (1024 each with an i or alone, else 1000)."""
-    found = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)(B?)", text.strip(), re.IGNORECASE)
+    """A type for ``argparse``: bytes, from ``80GiB``, ``512MB``, ``2.5G``, ``4096B`` (1024 each with an i or alone,
+    else 1000).
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*(?:([KMGT])(i?)(B?)|()()(B))", text.strip(), re.IGNORECASE)
     try:
         number = float(found[1]) if found else 0.0
     except ValueError:
         number = 0.0
     if not found or number <= 0:
-        raise argparse.ArgumentTypeError(f"a size of memory is wanted, such as 80GiB: got {text!r}")
-    letter = found[2].upper()
-    if not letter:
-        return int(number)
+        raise argparse.ArgumentTypeError(f"a size of memory with its unit is wanted, such as 80GiB: got {text!r}")
     base = 1000 if found[4] and not found[3] else 1024
-    return int(number * base ** _UNITS[letter])
+    return int(number * base ** _UNITS[(found[2] or "").upper()])

@@ -11,6 +11,8 @@ import time
 from importlib import metadata
 from typing import Any
 
+from fused_po.cli.progress import watched
+
 __all__ = ["add_parser"]
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "peft", "numpy", "trl", "liger-kernel")
@@ -35,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 if a backend that is available fails its self-test.
     """
-    report = examine()
+    with watched("examining the backends"):
+        report = examine()
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,23 @@ from torch import Tensor
 from fused_po import linear_loss, losses
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
+from fused_po.ledger import record
+from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
+from fused_po.ops.costs import route_seconds
 from fused_po.ops.explain import explain
+from fused_po.ops.gradients import Wanted
+from fused_po.ops.routes import Route
+from fused_po.ops.sizes import Sizes
+from fused_po.prices import Device
 from fused_po.trainers.loading import load_model
 from fused_po.trainers.model import hidden_and_head
 
-__all__ = ["HeadSteps", "ModelSteps", "Steps", "free_memory", "measure", "snapshot"]
+__all__ = ["HeadSteps", "ModelSteps", "Steps", "free_memory", "snapshot"]
 
 # tokens at which a model's own memory is measured, to extend it to any length
 CALIBRATION = (256, 512, 1024)
-# seconds above which a step is timed once
-SLOW = 3.0
+# rows and columns of a product that says how fast a device is, and what a step takes beside its products, at a guess
+PACE_ROWS, PACE_COLUMNS, BESIDE = 64, 4096, 2.0
 
 
 def free_memory(device: str) -> int:
@@ -57,7 +62,7 @@ class Steps(ABC):
 
     def __init__(self, device: str, dtype: torch.dtype, scratch_bytes: int | None, seed: int) -> None:
         self.device, self.dtype, self.scratch_bytes = device, dtype, scratch_bytes
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.seed = seed
 
     @abstractmethod
     def describe(self) -> str:
@@ -74,6 +79,42 @@ class Steps(ABC):
     @abstractmethod
     def make(self, route: str, length: int) -> Callable[[], object]:
         """A step on inputs that exist."""
+
+    def pace(self, route: str) -> float:
+        """Seconds a token that a step may take, before any has run: from a product of few rows and columns."""
+        columns = min(self.vocab, PACE_COLUMNS)
+        given: Any = {"device": self.device, "dtype": self.dtype}
+        hidden, weight = torch.zeros(PACE_ROWS, self.hidden, **given), torch.zeros(columns, self.hidden, **given)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            (hidden @ weight.t())[0, 0].item()
+            times.append(time.perf_counter() - start)
+        return BESIDE * (2 if self.frozen else 3) * min(times) * self.vocab / columns / PACE_ROWS
+
+    def on_paper(self, route: str, length: int, on: Device) -> float:
+        """Seconds of a step through the head on a GPU that need not be there."""
+        if route == "fused":
+            return self._fused_on_paper(length, on)
+        given: Any = {"device": "meta", "dtype": self.dtype}
+        hidden = torch.empty(2, length // 2, self.hidden, **given).requires_grad_()
+        weight = torch.empty(self.vocab, self.hidden, **given).requires_grad_(not self.frozen)
+        labels = torch.empty(2, length // 2, dtype=torch.int64, device="meta")
+        with record() as ledger:
+            self.loss(route, hidden, weight, labels).backward()
+        return ledger.seconds(on)
+
+    def _fused_on_paper(self, length: int, on: Device) -> float:
+        scratch = DEFAULT_SCRATCH_BYTES.get(self.device, GIB) if self.scratch_bytes is None else self.scratch_bytes
+        wanted = Wanted(True, not self.frozen, False)
+        sizes = Sizes(self.hidden, self.vocab, self.dtype, self.dtype, wanted, scratch)
+        return sum(
+            route_seconds(Route.of(sizes, length, fused=True, unscaled=True), length, fused=True, on=on).values()
+        )
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Gradients of earlier steps, which would not be counted."""
 
     def largest(self, route: str, memory: int) -> int:
         """The most tokens that are predicted to fit."""
@@ -95,17 +136,22 @@ class Steps(ABC):
             scratch_bytes=self.scratch_bytes,
         )
 
-    def explain(self, length: int) -> str:
-        """How the fused head goes through so many tokens, in words."""
+    def explain(self, length: int, on: Device | None = None) -> str:
+        """How the fused head goes through so many tokens, in words; ``on``: at whose prices."""
         return explain(
             length,
             self.hidden,
             self.vocab,
             dtype=self.dtype,
             trainable=not self.frozen,
-            device=self.device,
+            device=self.device if on is None else on.name,
             scratch_bytes=self.scratch_bytes,
         )
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Made where something is run: the device of a prediction need not be there."""
+        return torch.Generator(self.device).manual_seed(self.seed)
 
     def labels(self, length: int, vocab: int) -> Tensor:
         return torch.randint(vocab, (2, length // 2), generator=self.generator, device=self.device)
@@ -144,6 +190,16 @@ class HeadSteps(Steps):
         kind = "frozen" if self.frozen else "trained"
         return f"{kind} head H={self.hidden} V={self.vocab}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
 
+    @cached_property
+    def _weight(self) -> Tensor:
+        # large ones take seconds to draw
+        given: Any = {"generator": self.generator, "device": self.device, "dtype": self.dtype}
+        weight = torch.randn(self.vocab, self.hidden, **given)
+        return weight.div_(self.hidden**0.5).requires_grad_(not self.frozen)
+
+    def forget(self) -> None:
+        self.__dict__.get("_weight", torch.empty(0)).grad = None
+
     def predict(self, route: str, length: int) -> dict[str, int]:
         return self._head(route, length).parts()
 
@@ -154,9 +210,7 @@ class HeadSteps(Steps):
         # in the dtype of the step: what it is predicted to fit into has no room for more
         given: Any = {"generator": self.generator, "device": self.device, "dtype": self.dtype}
         hidden = torch.randn(2, length // 2, self.hidden, **given).requires_grad_()
-        weight = torch.randn(self.vocab, self.hidden, **given)
-        weight = weight.div_(self.hidden**0.5).requires_grad_(not self.frozen)
-        labels = self.labels(length, self.vocab)
+        labels, weight = self.labels(length, self.vocab), self._weight
 
         def step() -> None:
             hidden.grad = weight.grad = None
@@ -184,7 +238,10 @@ class ModelSteps(Steps):
         places: tuple[int, ...] = CALIBRATION
         if self.longest is not None and self.longest < max(CALIBRATION):
             places = tuple(max(2, self.longest * place // max(CALIBRATION) // 2 * 2) for place in CALIBRATION)
+        start = time.perf_counter()
         saved, peaks = zip(*(self._calibrate(length) for length in places), strict=True)
+        # counting memory slows steps down: an upper bound
+        self.layer_pace = (time.perf_counter() - start) / sum(places)
         self.saved = partial(_quadratic, places, saved)
         # beside what is saved: gradients of the parameters, which stay, and of activations, which grow
         before, last = (peak - kept for peak, kept in zip(peaks[-2:], saved[-2:], strict=True))
@@ -221,6 +278,12 @@ class ModelSteps(Steps):
                 _unfused(self.head.logits(hidden), labels).backward()
 
         return step
+
+    def pace(self, route: str) -> float:
+        return super().pace(route) + self.layer_pace
+
+    def forget(self) -> None:
+        self.model.zero_grad()
 
     def layers(self, length: int) -> int:
         """Peak of the layers' own forward and backward."""
@@ -279,70 +342,6 @@ def _quadratic(places: Sequence[int], values: Sequence[int], at: int) -> int:
                 weight *= (at - other) / (place - other)
         total += weight
     return max(0, round(total))
-
-
-def measure(steps: Steps, route: str, lengths: Sequence[int], memory: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each length: predicted bytes, and measured ones and seconds where it is run.
-
-    Args:
-        lengths: ascending.
-        memory: bytes; a length predicted to take more is not run.
-        seconds: nor is one whose step would take longer, going by the one before.
-    """
-    rows: list[dict[str, Any]] = []
-    pace = 0.0
-    for length in lengths:
-        parts = steps.predict(route, length)
-        row: dict[str, Any] = {"route": route, "length": length, "predicted_bytes": sum(parts.values())}
-        row |= {"peak_bytes": None, "seconds": None, "status": "measured", "parts": parts}
-        if steps.longest is not None and length > steps.longest:
-            row["status"] = f"not run: the model has positions for {steps.longest} tokens a pair"
-        elif row["predicted_bytes"] > memory:
-            row["status"] = "not run: does not fit, as predicted"
-        elif pace * length > seconds:
-            row["status"] = f"not run: about {pace * length:.0f} s a step"
-        else:
-            try:
-                if not pace:
-                    # the first step of all loads and warms up
-                    steps.make(route, length)()
-                row["peak_bytes"], row["seconds"] = _measured(steps, route, length)
-                pace = row["seconds"] / length
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
-                    raise
-                row["status"] = "out of memory"
-        rows.append(row)
-        gc.collect()
-    return rows
-
-
-def _measured(steps: Steps, route: str, length: int) -> tuple[int, float]:
-    step = steps.make(route, length)
-    times = [_seconds(step, steps.device)]
-    if times[0] < SLOW:
-        times = [_seconds(step, steps.device) for _ in range(3)]
-    _forget(steps)
-    # two of them would need more than one is predicted to
-    del step
-    step = steps.make(route, length)
-    return peak_memory(step, steps.device) + steps.held(route, length), statistics.median(times)
-
-
-def _forget(steps: Steps) -> None:
-    """Gradients of earlier steps would not be counted."""
-    if isinstance(steps, ModelSteps):
-        steps.model.zero_grad()
-
-
-def _seconds(step: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def snapshot(steps: Steps, length: int, path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.cli.arguments import positive
+from fused_po.cli.progress import Watch, watched
 
 __all__ = ["add_parser"]
 
@@ -68,6 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
             answers too well or too badly to learn from, in every seed.
         FloatingPointError: a training that diverges, in every seed.
     """
+    with watched("loading torch", total=1.0) as watch:
+        return _studied(arguments, watch)
+
+
+def _studied(arguments: argparse.Namespace, watch: Watch) -> int:
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder")
@@ -83,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     results = Results()
     failures: dict[int, Exception] = {}
-    for seed, part in _seeds(arguments, settings):
+    for seed, part in _seeds(arguments, settings, watch):
         if isinstance(part, Exception):
             failures[seed] = part
             print(f"fused-po: seed {seed} failed: {part}", file=sys.stderr)
@@ -92,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             results.bins += part.bins
     if not results.points:
         raise failures[min(failures)]
+    watch.say("writing the report", 1.0)
     results.points.sort(key=lambda point: point.seed)
     results.bins.sort(key=lambda one: one.seed)
     write_results(results, output)
@@ -104,28 +111,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _seeds(arguments: argparse.Namespace, settings: Any) -> Iterator[tuple[int, Any]]:
-    """Each seed with its results or with the error that it ended in, as they come, behind a progress bar."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _seeds(arguments: argparse.Namespace, settings: Any, watch: Watch) -> Iterator[tuple[int, Any]]:
+    """Each seed with its results or with the error that it ended in, as they come."""
     from fused_po.study.run import total_updates
 
     workers = arguments.workers or (min(arguments.seeds, os.cpu_count() or 1) if settings.device == "cpu" else 1)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
     # forking a process that uses threads is not safe
     context = get_context("spawn")
     with (
-        Progress(*columns, disable=not sys.stderr.isatty()) as progress,
         context.Manager() as manager,
         ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as pool,
     ):
         done = manager.list([0] * arguments.seeds)
-        task = progress.add_task("training", total=arguments.seeds * total_updates(settings))
+        total = arguments.seeds * total_updates(settings)
         seeds: dict[Future[Any], int] = {}
         for index in range(arguments.seeds):
             seed = arguments.first_seed + index
@@ -134,7 +132,7 @@ def _seeds(arguments: argparse.Namespace, settings: Any) -> Iterator[tuple[int, 
         try:
             while waiting:
                 ready, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                progress.update(task, completed=sum(done))
+                watch.say("training", sum(done) / total)
                 for one in ready:
                     error = one.exception()
                     # an interrupt is no result of a seed

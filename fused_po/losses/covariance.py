@@ -44,8 +44,9 @@ class CovarianceLoss(Aggregated, ClippedLoss):
 @register("clip_cov")
 @dataclass(frozen=True)
 class ClipCov(CovarianceLoss):
-    """Clip-Cov: PPO without a share of the tokens whose covariance ``(A - mean A) (log pi - mean log pi)`` lies in
-    (``clip_cov_lb``, ``clip_cov_ub``) (Cui et al., arXiv 2505.22617).
+    """Clip-Cov: ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` without a share of the tokens of high
+    covariance of A and log pi (the product of what each is above its mean, between ``clip_cov_lb`` and
+    ``clip_cov_ub``; Cui et al., arXiv 2505.22617).
 
     Which of them is chance in the paper and in verl; here it follows from their order and ``seed``, so that a step can
     be repeated: change the seed from step to step. Micro-batches, each with means of its own, do not add up to the full
@@ -84,8 +85,8 @@ class ClipCov(CovarianceLoss):
 @register("kl_cov")
 @dataclass(frozen=True)
 class KlCov(CovarianceLoss):
-    """KL-Cov: ``-r A``, plus ``ppo_kl_coef |log r|`` on the tokens with the largest covariance ``(A - mean A) (log pi
-    - mean log pi)`` (Cui et al., arXiv 2505.22617).
+    """KL-Cov: ``-r A + ppo_kl_coef |log r|`` on the tokens with the largest covariance of A and log pi, ``-r A`` on the
+    others (Cui et al., arXiv 2505.22617).
 
     Nothing is clipped; the clip metrics count what PPO would clip. Micro-batches, each with means of its own, do not
     add up to the full batch.

@@ -93,8 +93,8 @@ class AsymRE(OnPolicyLoss):
 @register("w_reinforce")
 @dataclass(frozen=True)
 class WReinforce(OnPolicyLoss):
-    """W-REINFORCE: ``-log pi`` times ``positive`` on correct answers, times ``-negative`` on the others, mean over
-    tokens (Zhu et al., arXiv 2506.01347).
+    """W-REINFORCE: ``-positive log pi`` on correct answers, ``negative log pi`` on the others, mean over tokens (Zhu et
+    al., arXiv 2506.01347).
 
     Correct are the tokens with ``advantage`` > 0 (a reward of +1), incorrect those below 0; its size does not count.
 

@@ -34,8 +34,9 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
 
     That is ``stage: dpo`` with every ``pref_loss`` (sigmoid, hinge, ipo, kto_pair, orpo, simpo), ``pref_ftx``,
     ``pref_bco_weight`` and ``ld_alpha``, and ``stage: kto``; policy and reference, full, LoRA and frozen tuning. Losses
-    and metrics are LLaMA-Factory's. A head that is sharded (ZeRO-3, FSDP), has an adapter or a hook makes its logits as
-    ever; so do the other stages. Trainers that exist already change too. Calling it again changes the options.
+    and metrics are LLaMA-Factory's. A head with an adapter, and a model under FSDP's first version, make their logits
+    as ever, with a warning; so do the other stages. Trainers that exist already change too. Calling it again changes
+    the options.
 
     Args:
         backend: as in ``linear_token_stats``; None: the first that supports the case.

@@ -229,14 +229,13 @@ def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[
     def some(layer: nn.Module, own: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         return own(hidden[..., :ROWS, :], *others)
 
-    with _looked_at(model):
-        with deferred(model):
-            logits = _logits_of(run())
+    with _looking(model), deferred(model):
+        logits = _logits_of(run())
         if not isinstance(logits, DeferredLogits) or logits.now is not None:
             return
-        with standing_in(layer, some):
-            own = _logits_of(run())
         ours = logits[..., :ROWS, :].made()
+    with _looking(model), standing_in(layer, some):
+        own = _logits_of(run())
     size = own.abs().max()
     apart = (ours - own).abs().max() / size
     # half precision: what is rounded on the way to a logit
@@ -248,14 +247,8 @@ def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[
 
 
 @contextmanager
-def _looked_at(model: nn.Module) -> Iterator[None]:
-    """Without a graph, without dropout and as Python runs it."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
+def _looking(model: nn.Module) -> Iterator[None]:
+    """Without a graph, as Python runs it, and with the random numbers that come next."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield

@@ -50,6 +50,7 @@ def accumulated(found, parts: int):
     return total
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("case", ADDITIVE)

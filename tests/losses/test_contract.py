@@ -181,7 +181,7 @@ def test_pattern_times_one_scalar_is_the_coefficient(case):
     lengths = {"pair": [3, 5], "sequence": [4]}.get(loss.horizon, LENGTHS)
     stats, batch, _ = make_batch(loss, lengths)
     pattern = loss.pattern(batch)
-    assert (pattern is not None) == (case in PATTERNED)
+    assert (pattern is not None) == (case in PATTERNED), f"PATTERNED lists the cases with a pattern: see to {case!r}"
     if pattern is None:
         return
     _, triple = coefficients(loss, stats, batch)

@@ -27,6 +27,7 @@ def call(problem: Problem, **options):
     return linear_loss(*problem.arguments(), problem.loss, **problem.options(), **options, **problem.side_inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("scratch", [0, 7 * ROW, PLENTY])
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
@@ -41,6 +42,7 @@ def test_advantages_of_zero(name, scratch, frozen, sequences):
     check_gradients(problem, found.loss, want)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", [splits.positive_only(), splits.negative_only()], ids=["positive", "negative"])
 @pytest.mark.parametrize("scratch", [0, 20 * ROW, PLENTY])
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fused_po import Split, losses, splits, stats_loss
 from fused_po.diagnostics import peak_memory
 from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
+from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import static_plan
 from fused_po.stats import Stats
-from tests.losses.cases import create
+from tests.losses.cases import create, make_batch
 from tests.ops.problems import Problem, relative_error
 
 
@@ -163,8 +166,8 @@ def test_thirds_of_a_population_of_one_are_refused(name):
 
 
 @pytest.mark.parametrize("split", [splits.no_reweighting("horizon"), Split(reweight="power"), Split(reweight="clip")])
-def test_every_reweighting_runs_on_sft(split):
-    problem = Problem(losses.create("sft"))
+def test_every_reweighting_runs_on_a_loss_of_tokens(split):
+    problem = Problem(losses.create("gpg"))
     found = linear_loss(*problem.arguments(), problem.loss, split=split, **problem.options(), **problem.side_inputs)
     found.loss.backward()
     assert all(leaf.grad.isfinite().all() for leaf in problem.leaves)
@@ -208,3 +211,17 @@ def test_a_slice_of_hidden_states_is_not_copied(operation, frozen, masked):
     contiguous = sliced.contiguous()
     peak, least = (peak_memory(lambda given=given: call(given), "cpu") for given in (sliced, contiguous))
     assert peak < least + copy // 4
+
+
+def test_a_coefficient_beyond_float32_is_its_largest_number():
+    """Infinity times the 0 of a gradient tile would be NaN."""
+    loss = losses.create("sigmoid", beta=10.0, f_divergence_type="forward_kl")
+    stats, batch, _ = make_batch(loss, [2, 2])
+    # of the chosen answer an exponential below its bound, times beta
+    reference = batch.sum_per_sequence(stats.logp) + torch.tensor([88.0, 0.0])
+    behind = replace(batch, per_sequence={"ref_logp": reference})
+    narrow = Stats(**{name: v if v.dtype == torch.bool else v.float() for name, v in stats.present().items()})
+    largest = torch.finfo(torch.float32).max
+    exact, found = (coefficients(loss, each, behind)[1].logp for each in (stats, narrow))
+    assert (exact[:2] < -largest).all() and (found[:2] == -largest).all()
+    assert found.isfinite().all()

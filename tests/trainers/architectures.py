@@ -173,7 +173,19 @@ def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
 PROJECTIONS = (
     *("q_proj", "v_proj", "query_key_value", "c_attn", "query", "value", "Wqkv", "in_proj", "qkv_proj", "o_proj", "q"),
     *("wq", "wv", "q_lin", "v_lin", "x_proj", "receptance", "kv_b_proj", "in_proj_qkv", "fc1", "att_proj", "q_a_proj"),
-    *("project_q", "query_proj", "qkv", "proj_up", "down_proj", "up_proj", "wq_b", "gate_proj"),
+    *(
+        "project_q",
+        "query_proj",
+        "Wq",
+        "kv_proj",
+        "kv_linear",
+        "qkv",
+        "proj_up",
+        "down_proj",
+        "up_proj",
+        "wq_b",
+        "gate_proj",
+    ),
 )
 HYBRID = {"num_hidden_layers": 4}
 SPECIAL: dict[str, dict[str, Any]] = {

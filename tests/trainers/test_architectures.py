@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ GRADIENTS += (
     "rwkv",
     "phi",
     "qwen3_moe",
-    "inkling2_text",
+    "nemotron",
     "stablelm",
     "bert",
     "olmo2",
@@ -70,12 +71,16 @@ def test_log_probs_are_those_of_the_models_own_logits(name, way):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_are_those_through_the_models_own_logits(name):
-    model = built(name).double()
+    model: Any = built(name).double()
+    if hasattr(model, "set_experts_implementation"):
+        # the other takes no float64
+        model.set_experts_implementation("eager")
     inputs = inputs_of(model)
     labels = inputs["input_ids"][:, 1:]
     weights = torch.linspace(-1.0, 1.0, labels.numel(), dtype=torch.float64).view(labels.shape)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own, _ = own_log_probs(model, inputs, labels)
+    rounded = logits_of(model, **inputs).dtype != torch.float64
     want = torch.autograd.grad((weights * own).sum(), parameters, allow_unused=True)
     logp = token_stats_of(model, inputs, labels).logp
     found = torch.autograd.grad((weights * logp).sum(), parameters, allow_unused=True)
@@ -83,5 +88,5 @@ def test_gradients_are_those_through_the_models_own_logits(name):
     for mine, truth in zip(found, want, strict=True):
         assert (mine is None) == (truth is None)
         if mine is not None:
-            # where a model computes in float32 within, both do
-            assert (mine - truth).abs().max() <= (1e-12 if mine.dtype == torch.float64 else 1e-6) * scale
+            # some models round their own logits to float32
+            assert (mine - truth).abs().max() <= (1e-6 if rounded else 1e-12) * scale

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed: its trainers are not run")
 from trl import GRPOTrainer, RLOOTrainer
 
 from fused_po.trainers.trl import FusedGRPOTrainer

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: its trainers are not run")
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn

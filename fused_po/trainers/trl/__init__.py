@@ -18,7 +18,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if find_spec("trl") is None:
-    raise ImportError("fused_po.trainers.trl needs TRL, which is not installed: pip install trl")
+    raise ImportError(
+        "fused_po.trainers.trl needs TRL, which is not installed: pip install 'trl>=1.15', or '.[trl]' in a clone of "
+        "fused_po, on Python 3.11 or later"
+    )
 
 from fused_po.trainers.trl.hook import Enabled, calls, disable, enable, is_enabled
 

@@ -18,14 +18,15 @@ __all__ = ["FusedDPOTrainer"]
 
 
 class FusedDPOTrainer(SplitOverTraining, Trainable, DPOTrainer):
-    """``trl.DPOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
+    """``trl.DPOTrainer`` that makes the gradient of loss and head in the pass that makes the log-probs: 3 large matrix
+    products with a trained head and 2 with a frozen one, where TRL takes 4 and 3.
 
     All of TRL's ``loss_type`` names and lists, divergences, ``use_weighting``, ``ld_alpha``, precomputed reference
     log-probs and metrics; arguments as there.
 
     Args:
-        split: how positive and negative learning and the loss's weights count (``fused_po.Split``); its schedules
-            follow the steps of the training. None: the loss itself. The reported loss is that of the loss itself.
+        split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``). Its schedules
+            follow the steps of the training. None: the loss itself. The loss that is logged is not changed by it.
     """
 
     def __init__(self, *args: Any, split: Split | None = None, **kwargs: Any) -> None:

@@ -22,15 +22,16 @@ OVER_TOKENS = ("cispo", "dapo", "vespo")
 
 
 class FusedGRPOTrainer(SplitOverTraining, Trainable, GRPOTrainer):
-    """``trl.GRPOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
+    """``trl.GRPOTrainer`` that makes the gradient of loss and head in the pass that makes the log-probs: 3 large matrix
+    products with a trained head and 2 with a frozen one, where TRL takes 4 and 3.
 
     All eight ``loss_type`` names, both importance sampling levels, clipping, KL penalty, entropy bonus, importance
     weights and masks; arguments as there. Tokens of tools, and an entropy quantile over several processes, are not for
     one pass: they take TRL's own path, with log-probs from ``linear_token_stats``.
 
     Args:
-        split: how positive and negative advantages and their size count (``fused_po.Split``); its schedules follow the
-            steps of the training. None: the loss itself. The reported loss is that of the loss itself.
+        split: scales positive and negative advantages and their size (``fused_po.Split``). Its schedules follow the
+            steps of the training. None: the loss itself. The loss that is logged is not changed by it.
 
     Raises:
         ValueError: a split where TRL's own path is taken.

@@ -17,15 +17,16 @@ __all__ = ["FusedKTOTrainer"]
 
 
 class FusedKTOTrainer(SplitOverTraining, Trainable, KTOTrainer):
-    """``trl.KTOTrainer``, with 3 GEMMs for a trainable head and 2 for a frozen one where TRL's takes 4 and 3.
+    """``trl.KTOTrainer`` that makes the gradient of loss and head in the pass that makes the log-probs: 3 large matrix
+    products with a trained head and 2 with a frozen one, where TRL takes 4 and 3.
 
     ``kto`` and ``apo_zero_unpaired``, weights of the two sides, precomputed reference log-probs and all metrics;
     arguments as there. Images without precomputed reference log-probs take TRL's own path, with log-probs from
     ``linear_token_stats``.
 
     Args:
-        split: how positive and negative learning and the loss's weights count (``fused_po.Split``); its schedules
-            follow the steps of the training. None: the loss itself. The reported loss is that of the loss itself.
+        split: scales positive and negative learning, and the loss's own weights (``fused_po.Split``). Its schedules
+            follow the steps of the training. None: the loss itself. The loss that is logged is not changed by it.
     """
 
     # of TRL's trainer
