@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 __all__ = ["Report", "plot"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
-_SPEED = ("_runtime", "_per_second", "_preparation_time")
+# of the engine, not of the model
+_LEFT_OUT = ("_runtime", "_per_second", "_preparation_time", "epoch")
 
 
 class Report(TrainerCallback):
@@ -73,7 +74,7 @@ class Report(TrainerCallback):
         if not state.is_world_process_zero:
             return
         split = "train" if "loss" in logs else "eval"
-        numbers = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_SPEED)}
+        numbers = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_LEFT_OUT)}
         if "loss" not in numbers or "train_loss" in numbers:
             return
         with self._log.open("a", encoding="utf-8") as log:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_po import LossOutput
+from fused_po.ops import LossOutput
 from fused_po.ops.checks import IGNORE
 
 __all__ = ["Averages", "weighed_metrics"]

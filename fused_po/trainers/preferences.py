@@ -17,11 +17,11 @@ from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from fused_po import LossOutput, Split, linear_loss, linear_token_stats
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
+from fused_po.ops import LossOutput, linear_loss, linear_token_stats
 from fused_po.ops.checks import IGNORE
-from fused_po.splits import check_split
+from fused_po.splits import Split, check_split
 from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.model import take_apart
