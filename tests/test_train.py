@@ -12,11 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fused_po.cli import compare as comparing
 from fused_po.cli import main
-from fused_po.trainers.loading import load_tokenizer
+from fused_po.cli.train import with_config
+from fused_po.trainers.loading import load_model, load_tokenizer
 
 WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
 
@@ -116,6 +124,9 @@ def test_lora_trains_an_adapter_and_saves_a_model(data, tmp_path):
     full = tmp_path / "full"
     assert main(command(data, full, "--lr", "1e-3")) == 0
     merged, trained = weights(output), weights(full)
+    # the adapter in a folder is part of the model that starts from it
+    again = load_model(str(output / "checkpoint-4"), None, 0).state_dict()
+    assert all(torch.equal(again[name], merged[name]) for name in merged)
     assert merged.keys() == trained.keys()
     start = tmp_path / "start"
     assert main([*command(data, start, "--lr", "1e-12"), "--steps", "1"]) == 0
@@ -150,6 +161,76 @@ def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
     assert rows(broken) == rows(whole)
     ours, theirs = weights(broken), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_more_steps_continue_a_run(data, tmp_path):
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    assert main([*command(data, whole), "--steps", "5"]) == 0
+    assert main([*command(data, longer), "--steps", "2"]) == 0
+    assert main([*command(data, longer), "--steps", "5", "--resume"]) == 0
+    assert rows(longer) == rows(whole)
+    ours, theirs = weights(longer), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_single_answers_train_one_at_a_time(tmp_path):
+    path = tmp_path / "single.jsonl"
+    single = [
+        {"prompt": f"Is it {w}?", "completion": f"Yes, {w}.", "label": index % 2} for index, w in enumerate(WORDS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in single))
+    output = tmp_path / "out"
+    assert main([*command(path, output, "--loss", "kto", "--eval-data", str(path)), "--batch-size", "1"]) == 0
+    assert all(row["loss"] > 0 and row["kl"] >= 0 for row in rows(output) + rows(output, "eval"))
+
+
+def test_flags_of_a_file_stand_before_those_of_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "steps: 3\nloss_arg: {simpo_gamma: 0.5}\ncompare: true\nresume: false\nlora:\nfsdp_config: {a: 1}\nbf16: true\n"
+    )
+    found = with_config(["train", "--config", str(path), "--steps", "4"])
+    flags = [
+        "--steps",
+        "3",
+        "--loss-arg",
+        "simpo_gamma=0.5",
+        "--compare",
+        "--fsdp-config",
+        '{"a": 1}',
+        "--bf16",
+        "True",
+    ]
+    assert found == ["train", *flags, "--config", str(path), "--steps", "4"]
+    path.write_text("- a list")
+    with pytest.raises(ValueError, match="a mapping of flags is wanted, got list"):
+        with_config(["train", "--config", str(path)])
+
+
+def test_the_engine_takes_its_own_flags(data, tmp_path):
+    output = tmp_path / "out"
+    more = ["--gradient-accumulation-steps", "3", "--max_grad_norm", "0.5", "--logging-steps", "2", "--loss", "simpo"]
+    assert main(command(data, output, *more, "--loss-arg", "simpo_gamma=1.5", "--beta", "2.0")) == 0
+    assert [row["step"] for row in rows(output)] == [2, 4]
+    found = torch.load(output / "model" / "training_args.bin", weights_only=False)
+    assert (found.gradient_accumulation_steps, found.max_grad_norm) == (3, 0.5)
+
+
+def test_compare_takes_a_mixture_of_experts(data, tmp_path):
+    config = MixtralConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    load_tokenizer(command.model, []).save_pretrained(tmp_path / "experts")
+    given = [*command(data, tmp_path / "out", "--compare"), "--model", str(tmp_path / "experts"), "--steps", "2"]
+    assert main(given) == 0
 
 
 def test_a_real_interrupt_of_the_program(data, tmp_path):
