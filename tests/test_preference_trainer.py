@@ -127,6 +127,8 @@ def test_single_answers(tmp_path):
         assert trainer.state.log_history[0][metric] == pytest.approx(out.metrics[metric].item(), rel=1e-5)
     with pytest.raises(ValueError, match="loss 'sigmoid' takes pairs: got single answers"):
         trainer_of(tmp_path, losses.create("sigmoid"), data)
+    with pytest.raises(ValueError, match="must both be pairs, or both single answers"):
+        trainer_of(tmp_path, loss, data, rows(3))
 
 
 def test_a_split_follows_its_schedule(tmp_path):

@@ -141,8 +141,11 @@ class PreferenceTrainer(Trainer):
             return {name: self._prepared(one) for name, one in rows.items()}
         if not len(rows):
             raise ValueError("no rows to train on, or to evaluate")
-        self._paired = len(rows[0]["ids"]) == 2
-        if not self._paired and not learns_single(self.loss):
+        paired = len(rows[0]["ids"]) == 2
+        if getattr(self, "_paired", paired) != paired:
+            raise ValueError("rows to train on and to evaluate must both be pairs, or both single answers")
+        self._paired = paired
+        if not paired and not learns_single(self.loss):
             raise ValueError(f"loss {self.loss.name!r} takes pairs: got single answers")
         if not self.loss.needs & _OF_REFERENCE or "ref" in rows.column_names:
             return rows
