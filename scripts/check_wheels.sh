@@ -12,6 +12,7 @@ dist=$(cd "$1" && pwd)
 shift
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+checked=0
 for python in "$@"; do
   python=$(command -v "$python")
   tag=$("$python" -c 'import sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}")')
@@ -36,5 +37,8 @@ for python in "$@"; do
       fused-po --help > "$work/help"
       fused-po doctor > "$work/doctor" || { cat "$work/doctor"; exit 1; }
     )
+    checked=$((checked + 1))
   done
 done
+[ $checked -gt 0 ] || { echo "nothing in $dist is for these" >&2; exit 1; }
+echo "$checked distributions installed and used"

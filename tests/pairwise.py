@@ -46,12 +46,18 @@ def pairwise(**factors: list[Any]) -> list[dict[str, Any]]:
 
 
 def mark_the_rest(items: list[pytest.Item]) -> None:
-    """Of each test marked ``pairwise``, mark as ``nightly`` the cases that the cover of its parameters leaves out."""
+    """Of each test marked ``pairwise``, mark as ``nightly`` the cases that the cover of its parameters leaves out.
+
+    ``pairwise(backend="reference")`` keeps all cases with that value, and covers the others by themselves.
+    """
     groups: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if not isinstance(item, pytest.Function) or item.get_closest_marker("pairwise") is None:
+        mark = item.get_closest_marker("pairwise")
+        if mark is None or not hasattr(item, "callspec") or any(map(item.get_closest_marker, ELSEWHERE)):
             continue
-        if not any(item.get_closest_marker(name) for name in ELSEWHERE):
+        assert isinstance(item, pytest.Function)
+        kept = mark.kwargs.items()
+        if not kept or any(item.callspec.params[name] != value for name, value in kept):
             groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in groups.values():
         kept = cover([[_key(value) for value in item.callspec.params.values()] for item in group])

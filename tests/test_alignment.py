@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from fused_po import losses, stats_loss, token_stats
-from fused_po.diagnostics import Examples, by_layer, gradient_alignment
+from fused_po.diagnostics import (
+    Examples,
+    GradientAlignmentCallback,
+    by_layer,
+    gradient_alignment,
+    learning_dynamics,
+)
 from tests.losses.cases import CASES, create, side_inputs
 
 V, H, S = 13, 8, 6
@@ -151,3 +157,53 @@ def test_bad_input():
         call(Policy().requires_grad_(False), [data], loss, [target], stats=stats_of)
     with pytest.raises(ValueError, match="needs ref_logp"):
         call(Policy(), [target], loss, [target], stats=stats_of)
+    with pytest.raises(
+        ValueError, match="blocks must be a function .*by_layer .the function, not its name.: got 'by_l"
+    ):
+        call(Policy(), [data], loss, [target], blocks="by_layer", stats=stats_of)
+
+
+@pytest.mark.parametrize("which", ["batches", "target"])
+def test_what_is_no_list_of_examples(which):
+    loss, data, target = create("sigmoid"), examples(create("sigmoid"), 1), examples(None, 3)
+    name = {"batches": r"batches \(D\)", "target": r"target \(D'\)"}[which]
+    one = {"batches": data, "target": target}[which]
+    bare_tuple = [(one.inputs, one.labels, one.side_inputs)]
+    for given, words in (
+        (one, r"must be a list of Examples: got one Examples, write \[examples\]"),
+        (bare_tuple, "must hold Examples, .*: got tuple"),
+        # it would be used up by the first look
+        (iter([one]), "must be a list of Examples: got list_iterator"),
+        (None, "must be a list of Examples: got NoneType"),
+    ):
+        found = {"batches": [data], "target": [target]} | {which: given}
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            gradient_alignment(Policy(), found["batches"], loss, found["target"], stats=stats_of)
+        if which == "batches":
+            with pytest.raises(ValueError, match=f"{name} {words}"):
+                learning_dynamics(Policy(), given, loss, stats=stats_of)
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            GradientAlignmentCallback(found["batches"], loss, found["target"])
+
+
+def test_side_inputs_as_keywords():
+    target = examples(None, 3)
+    with pytest.raises(
+        TypeError, match=r'in one mapping, Examples\(inputs, labels, \{"ref_logp": \.\.\.\}\): got ref_logp'
+    ):
+        Examples(target.inputs, target.labels, ref_logp=torch.zeros(6))
+    assert Examples(inputs=target.inputs, labels=target.labels).side_inputs == {}
+
+
+def test_a_name_that_is_not_there():
+    g = align(create("sigmoid"), blocks=by_layer)
+    with pytest.raises(KeyError, match="no part 'positiv' .did you mean positive..: there is bottom, .*, whole"):
+        g["positiv"]
+    with pytest.raises(KeyError, match=r"'layer' is a block and not a part: values\[PART\]\['layer'\]"):
+        g["layer"]
+    with pytest.raises(KeyError, match=r"no block 'layer\.1' .did you mean layer..: there is embed, head, layer"):
+        g.values["whole"]["layer.1"]
+    with pytest.raises(ValueError, match="G has no part 'positiv' .did you mean positive"):
+        GradientAlignmentCallback(
+            [examples(create("sigmoid"), 1)], create("sigmoid"), [examples(None, 3)], parts=["positiv"]
+        )

@@ -19,7 +19,7 @@ from fused_po.bench.accuracy import bounds, method_errors, rejected
 from fused_po.bench.cases import Case, Problem, choose, groups
 from fused_po.bench.compare import run_case
 from fused_po.bench.objectives import OBJECTIVES
-from fused_po.bench.summary import beside_eager
+from fused_po.bench.summary import beside_eager, over_bound
 from fused_po.cli import main
 
 SMALL = Case(64, 16, 96, 16)
@@ -104,6 +104,9 @@ def test_time_and_memory_beside_eager():
         "  0.50 x the time and 0.25 x the scratch, linear_loss, 3.0 million logits: a (eager is over"
     )
     assert beside_eager([alone]) == []
+    (said,) = over_bound([alone])
+    assert said.startswith("OVER THE BOUND: ") and "float64" in said
+    assert over_bound([{"methods": {"eager": row(4.0, 40)}}]) == []
 
 
 def test_the_command_writes_json_and_names_what_it_does_not_know(tmp_path, capsys):

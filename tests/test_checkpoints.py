@@ -112,6 +112,18 @@ def test_a_target_of_another_tokenizer_is_refused(saved, tmp_path):
         check_checkpoints([tmp_path / "with", tmp_path / "else"])
 
 
+def test_what_is_no_list_of_examples_is_refused_before_loading(saved):
+    def load(folder):
+        raise AssertionError("nothing is loaded")
+
+    with pytest.raises(ValueError, match=r"batches \(D\) must be a list of Examples: got one Examples"):
+        alignment_over_checkpoints(saved, DATA[0], LOSS, TARGET, load=load)
+    with pytest.raises(ValueError, match=r"target \(D'\) must be a list of Examples: got one Examples"):
+        alignment_over_checkpoints(saved, DATA, LOSS, TARGET[0], load=load)
+    with pytest.raises(ValueError, match=r"batches \(D\) must be a list of Examples: got one Examples"):
+        alignment_over_checkpoints(saved, lambda model, folder: DATA[0], LOSS, TARGET)
+
+
 def test_an_empty_target_and_missing_side_inputs_are_refused_before_loading(saved):
     empty = examples(2)
     empty.labels[:] = -100

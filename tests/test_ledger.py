@@ -20,7 +20,7 @@ from fused_po.prices import DEVICES, Device, device
 from fused_po.stats import Stats
 
 # everything costs one second a FLOP or byte
-UNIT = Device("unit", half=1.0, tf32=8.0, single=2.0, double=4.0, bandwidth=1.0, launch=100.0)
+UNIT = Device("unit", half=1.0, tf32=8.0, single=2.0, double=4.0, bandwidth=1.0, memory=1, launch=100.0)
 
 
 def meta(*size, dtype=torch.float32):
@@ -40,7 +40,7 @@ def test_a_product_is_its_flop_or_its_bytes():
     assert (found.name, found.flops, found.dtype) == ("aten::mm", 2 * 3 * 5 * 7, torch.bfloat16)
     assert found.traffic == 2 * (15 + 35 + 21) and found.accumulator == 0
     assert found.seconds(UNIT) == 210 and found.seconds(UNIT, launches=True) == 310
-    slow = Device("slow", half=1e9, tf32=1e9, single=1e9, double=1e9, bandwidth=2.0)
+    slow = Device("slow", half=1e9, tf32=1e9, single=1e9, double=1e9, bandwidth=2.0, memory=1)
     assert found.seconds(slow) == 71
 
 
@@ -59,7 +59,7 @@ def test_an_accumulator_comes_on_top_unless_it_is_hidden():
     assert found.traffic == 4 * (15 + 35) and found.accumulator == 2 * 4 * 21
     # 210 FLOP at two a second, or 200 bytes
     assert found.seconds(UNIT) == 200 + 168 and found.seconds(UNIT, hidden=True) == 368
-    fast = Device("fast", half=1.0, tf32=1.0, single=0.25, double=1.0, bandwidth=1.0)
+    fast = Device("fast", half=1.0, tf32=1.0, single=0.25, double=1.0, bandwidth=1.0, memory=1)
     assert found.seconds(fast) == 840 + 168 and found.seconds(fast, hidden=True) == 840
     with record() as ledger:
         torch.ops.aten.addmm.dtype_out(out, a.bfloat16(), b.bfloat16(), torch.float32, out=out)
@@ -298,7 +298,7 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     assert "on paper, h100" in out and "stats-small" in out and "not run" in out and "ops/head.py" in out
     found = json.loads(file.read_text())
     assert list(found["cases"]) == ["dapo-small", "dpo-small", "stats-small"]
-    assert main(["bench", "--paper", "b200", *options, "--json"]) == 0
+    assert main(["bench", "--gpu", "b200", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["on_paper"] == "b200"
     assert main(["bench", "--paper", "v100"]) == 2
     assert "wanted a100, h100, h200, b200" in capsys.readouterr().err

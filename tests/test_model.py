@@ -131,6 +131,15 @@ class Masked(LlamaForCausalLM):
         return found
 
 
+class Twice(LlamaForCausalLM):
+    """Asks its head again, for the token after the next."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, output_hidden_states=True, **kwargs)
+        found["later"] = self.lm_head(2.0 * found.hidden_states[-1])
+        return found
+
+
 class Sly(LlamaForCausalLM):
     """Does to real logits what it leaves undone here."""
 
@@ -153,6 +162,16 @@ def test_a_cut_of_the_vocabulary():
     torch.testing.assert_close(head.logits(hidden), model(ids).logits)
     want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(token_stats_of(model, {"input_ids": ids}, ids[:, 1:]).logp, want)
+
+
+def test_a_head_that_is_called_twice():
+    model, ids = made(Twice)
+    hidden, head, outputs = take_apart(model, input_ids=ids)
+    want = model(ids)
+    torch.testing.assert_close(head.logits(hidden), want.logits)
+    torch.testing.assert_close(outputs["later"].made(), want["later"])
+    later = outputs["later"].logp(ids)
+    torch.testing.assert_close(later, want["later"].log_softmax(-1).gather(-1, ids[..., None])[..., 0])
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Clamped, "clamp"), (Masked, "__setitem__")])

@@ -55,12 +55,20 @@ def test_what_is_left_out_is_marked(pytester):
         "@pytest.mark.parametrize('b', [1, 2])\n"
         "@pytest.mark.parametrize('c', [1, 2])\n"
         "def test_whole(a, b, c): pass\n"
+        "@pytest.mark.pairwise(a=1)\n"
+        "@pytest.mark.parametrize('a', [1, 2])\n"
+        "@pytest.mark.parametrize('b', [1, 2])\n"
+        "@pytest.mark.parametrize('c', [1, 2])\n"
+        "@pytest.mark.parametrize('d', [1, 2])\n"
+        "def test_whole_for_one(a, b, c, d): pass\n"
+        "@pytest.mark.pairwise\n"
+        "def test_without_parameters(): pass\n"
     )
 
     def selected(expression: str) -> int:
         found = pytester.runpytest_inprocess("-m", expression, "-p", "no:cacheprovider")
         return found.parseoutcomes()["passed"]
 
-    assert selected("not large and not nightly") == 4 + 8
-    assert selected("nightly") == 4
+    assert selected("not large and not nightly") == 4 + 8 + (8 + 5) + 1
+    assert selected("nightly") == 4 + 3
     assert selected("large") == 4

@@ -93,8 +93,8 @@ def test_a_gpu_by_name(tmp_path, capsys):
     """Its dtype, memory and prices, on a machine that has none, and no step is run."""
     options = ["profile", "--hidden", "512", "--vocab", "32000", "--lengths", "1024", "65536"]
     seconds, capacity = {}, {}
-    for name in ("h100", "H200"):
-        assert main([*options, "--gpu", name, "--output", str(tmp_path / name)]) == 0
+    for name, option in (("h100", "--gpu"), ("H200", "--paper")):
+        assert main([*options, option, name, "--output", str(tmp_path / name)]) == 0
         found = json.loads((tmp_path / name / "profile.json").read_text())
         assert found["device"] == f"on paper, {name.lower()}" and "bfloat16" in found["what"]
         assert all(row["seconds"] is None and row["paper_seconds"] > 0 for row in found["rows"])

@@ -11,7 +11,7 @@ from fused_po import Split, linear_loss, linear_token_stats, losses, splits, sta
 from fused_po.ops.coefficients import coefficients, sided_coefficients
 from fused_po.splits import Linear, tertiles
 from tests.losses.cases import CASES, create, make_batch
-from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error
+from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error, words
 
 LENGTHS = [5, 1, 3, 2, 4, 6]
 ROW = 8 * V + 32 * H
@@ -257,7 +257,7 @@ def test_stats_loss_equals_autograd_and_says_what_is_missing():
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, frozenset({"weight"})], ids=str)
+@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, frozenset({"weight"})], ids=words)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, 1 << 24])
 @pytest.mark.parametrize("case", ["sigmoid", "kto", "dapo-all", "grpo-sequence", "orpo", "entropy-pairs"])
 def test_gradients_of_the_parts_sum_to_the_whole_at_no_further_flop(case, scratch, frozen):
@@ -374,3 +374,11 @@ def test_bad_split_gradients():
     with torch.no_grad():
         found = linear_loss(*problem.arguments(), problem.loss, **arguments, split_gradients=True)
     assert not found.split_gradients.hidden and not found.split_gradients.weight
+    with pytest.raises(KeyError, match="no part 'positive': there is none"):
+        found.split_gradients.weight["positive"]
+    found = linear_loss(*problem.arguments(), problem.loss, **arguments, split_gradients=True).split_gradients
+    for kind in ("hidden", "weight", "bias"):
+        with pytest.raises(KeyError, match="no part 'pos': there is negative, positive, rest"):
+            getattr(found, kind)["pos"]
+    with pytest.raises(KeyError, match="no part 'positiv' .did you mean positive..: there is"):
+        found.cosine("positiv")

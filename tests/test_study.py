@@ -277,14 +277,14 @@ def test_the_command(tmp_path, capsys):
 
 def test_seeds_that_fail_are_left_out_and_named(results, monkeypatch, tmp_path, capsys):
     failed = FloatingPointError("the loss is nan; a smaller learning rate?")
-    monkeypatch.setattr(command, "_seeds", lambda arguments, settings: iter([(1, failed), (0, results)]))
+    monkeypatch.setattr(command, "_seeds", lambda arguments, settings, watch: iter([(1, failed), (0, results)]))
     assert main(["study", "--quick", "--seeds=2", f"--output={tmp_path / 'a'}"]) == 1
     assert "seed 1 failed: the loss is nan" in capsys.readouterr().err
     for name in ("report.md", "report.html"):
         assert "the loss is nan; a smaller learning rate?" in (tmp_path / "a" / name).read_text(encoding="utf-8")
     assert {point.seed for point in read_results(tmp_path / "a").points} == {0}
     # nothing to report
-    monkeypatch.setattr(command, "_seeds", lambda arguments, settings: iter([(0, failed)]))
+    monkeypatch.setattr(command, "_seeds", lambda arguments, settings, watch: iter([(0, failed)]))
     assert main(["study", "--quick", "--seeds=1", f"--output={tmp_path / 'b'}"]) == 1
     assert not (tmp_path / "b" / "report.md").exists()
 

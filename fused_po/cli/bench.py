@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--stop-after", type=positive(float), default=1e9, metavar="SECONDS", help="begin no case after these")
     add("--commit", help="recorded; default what git says")
     add("--output", type=Path, metavar="FILE", help="JSON with all figures, written after each case")
-    add("--paper", metavar="GPU", help="what cases cost on paper: a100, h100, h200 or b200")
+    add("--paper", "--gpu", metavar="GPU", help="what cases cost on paper: a100, h100, h200 or b200")
     add("--json", action="store_true", help="with --paper: print JSON in place of a table")
     add("--lines", type=positive(int), metavar="COUNT", help="with --paper: also the dearest lines of each case")
     add("--list", action="store_true", help="print the cases and stop")
@@ -77,7 +77,7 @@ def _measured(arguments: argparse.Namespace, watch: Watch) -> int:
     from fused_po.bench.compare import run_case, table
     from fused_po.bench.methods import QUICK, check_names
     from fused_po.bench.runner import run_cases
-    from fused_po.bench.summary import BEFORE, beside_eager
+    from fused_po.bench.summary import BEFORE, beside_eager, over_bound
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cases = choose(arguments.cases or ["quick"], device)
@@ -119,7 +119,7 @@ def _measured(arguments: argparse.Namespace, watch: Watch) -> int:
         )
     except KeyboardInterrupt:
         print("interrupted; the output holds the cases before")
-    print("\n".join(beside_eager(results)))
+    print("\n".join([*over_bound(results), *beside_eager(results)]))
     return code
 
 

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     add("--whole-step", action="store_true", help="forward and backward of the whole --model, not of its head alone")
     add("--frozen", action="store_true", help="the head is not trained")
     add("--lengths", type=positive(int), nargs="+", default=_LENGTHS, metavar="N", help="default 1024, 2048, ... 1M")
-    add("--gpu", metavar="NAME", help="predict for a100, h100, h200 or b200; nothing is run")
+    add("--gpu", "--paper", metavar="NAME", help="predict for a100, h100, h200 or b200; nothing is run")
     add("--predict-only", action="store_true", help="run nothing")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU, float32 on a CPU")
     add("--device", choices=("cpu", "cuda"), help="what it runs on, default a GPU if there is one")

@@ -24,7 +24,7 @@ from fused_po.diagnostics.parts import (
     require_loss_tokens,
     take_apart,
 )
-from fused_po.losses.contract import Loss
+from fused_po.losses.contract import Loss, Named
 from fused_po.stats import Stats
 from fused_po.trainers.model import token_stats_of
 
@@ -49,7 +49,15 @@ class Alignment:
     values: Mapping[str, Mapping[str, float]]
 
     def __getitem__(self, part: str) -> float:
-        """G of a part over all parameters."""
+        """G of a part over all parameters.
+
+        Raises:
+            KeyError: an unknown part; or a block, whose G stands in ``values``.
+        """
+        if part not in self.values and any(part in blocks for blocks in self.values.values()):
+            raise KeyError(
+                f"{part!r} is a block and not a part: values[PART][{part!r}] is its G, PART being 'whole', ..."
+            )
         return sum(self.values[part].values())
 
 
@@ -95,8 +103,9 @@ def gradient_alignment(
             for causal language models of transformers.
 
     Raises:
-        ValueError: D' or D without a loss token, a label beyond the model's vocabulary (D' of another tokenizer), an
-            unknown method or reduction, a model without trainable parameters.
+        ValueError: D' or D that is no list of ``Examples`` or holds no loss token, ``blocks`` that is no function, a
+            label beyond the model's vocabulary (D' of another tokenizer), an unknown method or reduction, a model
+            without trainable parameters.
     """
     for name, value, known in (
         ("method", method, ("exact", "directional")),
@@ -106,6 +115,11 @@ def gradient_alignment(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if step is not None and not step > 0:
         raise ValueError(f"step must be above 0: got {step}")
+    if blocks is not None and not callable(blocks):
+        raise ValueError(
+            "blocks must be a function from a parameter's name to its block, such as fused_po.diagnostics.by_layer "
+            f"(the function, not its name): got {blocks!r}"
+        )
     for name, given in (("target (D')", target), ("batches (D)", batches)):
         require_loss_tokens(name, given)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -126,7 +140,7 @@ def gradient_alignment(
             into = totals.setdefault(part, dict.fromkeys(per_block, 0.0))
             for block, alignment in per_block.items():
                 into[block] += alignment / len(batches)
-    return Alignment(totals)
+    return Alignment(Named("part", {part: Named("block", per_block) for part, per_block in totals.items()}))
 
 
 def _target_gradient(

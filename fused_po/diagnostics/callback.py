@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fused_po.diagnostics.alignment import gradient_alignment
-from fused_po.diagnostics.parts import Examples, require_loss_tokens
-from fused_po.losses.contract import Loss
+from fused_po.diagnostics.parts import FLAT, PARTS, Examples, require_examples, require_loss_tokens
+from fused_po.losses.contract import Loss, meant
 
 __all__ = ["GradientAlignmentCallback"]
 
@@ -39,7 +39,8 @@ class GradientAlignmentCallback(TrainerCallback):
         history: (step, part -> G) of each measurement.
 
     Raises:
-        ValueError: ``every`` below 1, side inputs that the loss misses, a D' without a loss token: all before training.
+        ValueError: ``every`` below 1, unknown ``parts``, side inputs that the loss misses, a D or D' that is no list of
+            ``Examples``, a D' without a loss token: all before training.
     """
 
     def __init__(
@@ -54,6 +55,12 @@ class GradientAlignmentCallback(TrainerCallback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1: got {every}")
+        known = {*PARTS, *(part + FLAT for part in PARTS)}
+        if unknown := [part for part in parts if part not in known]:
+            raise ValueError(
+                f"G has no part {unknown[0]!r}{meant(unknown[:1], known)}: it has {', '.join(PARTS)}, {FLAT}"
+            )
+        require_examples("batches (D)", batches)
         for examples in batches:
             loss.check(frozenset(examples.side_inputs))
         require_loss_tokens("target (D')", target)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fused_po.diagnostics.alignment import Alignment, gradient_alignment
-from fused_po.diagnostics.parts import Examples, require_loss_tokens
+from fused_po.diagnostics.parts import Examples, require_examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
 __all__ = ["alignment_over_checkpoints", "check_checkpoints"]
@@ -46,7 +46,8 @@ def alignment_over_checkpoints(
         by folder.
 
     Raises:
-        ValueError: before anything is loaded, whatever ``check_checkpoints`` finds, and an empty D'.
+        ValueError: before anything is loaded, whatever ``check_checkpoints`` finds, an empty D', and what is no list of
+            ``Examples``.
     """
     folders = [Path(folder) for folder in checkpoints]
     vocab_size = check_checkpoints(folders, tokenizer)
@@ -56,6 +57,7 @@ def alignment_over_checkpoints(
     if largest >= vocab_size:
         raise ValueError(f"target (D') holds token {largest}, the model has {vocab_size}: another tokenizer's?")
     if not callable(batches):
+        require_examples("batches (D)", batches)
         for examples in batches:
             loss.check(frozenset(examples.side_inputs))
     moved = [_to(examples, device) for examples in target]
@@ -63,6 +65,7 @@ def alignment_over_checkpoints(
     for folder in folders:
         model = (load or _load)(folder).to(device).eval()
         given = batches(model, folder) if callable(batches) else batches
+        require_examples("batches (D)", given)
         found[folder] = gradient_alignment(model, [_to(one, device) for one in given], loss, moved, **options)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import Batch, Loss, listed
 from fused_po.ops.batches import Layout, call_batch, masked_stats
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.output import THIRDS, parts_of
@@ -27,6 +27,7 @@ __all__ = [
     "accumulators",
     "gradients",
     "norm",
+    "require_examples",
     "require_loss_tokens",
     "take_apart",
 ]
@@ -37,19 +38,35 @@ FLAT = "/no_reweighting"
 StatsOf = Callable[[nn.Module, Mapping[str, Any], Tensor, Sequence[str]], Stats]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Examples:
     """A batch of examples: of D, on which a loss is taken, or of D', the responses of a final model.
 
     Attributes:
         inputs: what the model takes; (B, S) each for a causal language model.
         labels: (B, S - 1) for a causal language model: already shifted, -100 ignored. Pairs: first half chosen.
-        side_inputs: what the loss reads, as in ``linear_loss``.
+        side_inputs: what the loss reads, as in ``linear_loss``, in one mapping.
+
+    Raises:
+        TypeError: side inputs as keywords of their own.
     """
 
     inputs: Mapping[str, Any]
     labels: Tensor
     side_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self, inputs: Mapping[str, Any], labels: Tensor, side_inputs: Mapping[str, Any] | None = None, **others: Any
+    ) -> None:
+        if others:
+            shown = ", ".join(f'"{name}": ...' for name in others)
+            raise TypeError(
+                f"Examples takes side inputs in one mapping, Examples(inputs, labels, {{{shown}}}): "
+                f"got {listed(others)} as keywords"
+            )
+        object.__setattr__(self, "inputs", inputs)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "side_inputs", {} if side_inputs is None else side_inputs)
 
 
 @dataclass(frozen=True)
@@ -137,8 +154,23 @@ def accumulators(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def require_examples(name: str, batches: object) -> None:
+    """Raise ValueError for what is no sequence of ``Examples``."""
+    if isinstance(batches, Examples):
+        raise ValueError(f"{name} must be a list of Examples: got one Examples, write [examples]")
+    # it is read more than once
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise ValueError(f"{name} must be a list of Examples: got {type(batches).__name__}")
+    for item in batches:
+        if not isinstance(item, Examples):
+            raise ValueError(
+                f"{name} must hold Examples, Examples(inputs, labels, side_inputs): got {type(item).__name__}"
+            )
+
+
 def require_loss_tokens(name: str, batches: Iterable[Examples]) -> None:
-    """Raise ValueError where no label of any batch counts."""
+    """Raise ValueError where no label of any batch counts, or for what is no sequence of ``Examples``."""
+    require_examples(name, batches)
     if not any(bool((examples.labels >= 0).any()) for examples in batches):
         raise ValueError(f"{name} holds no loss token")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,20 @@ from torch import Tensor
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
 from fused_po.stats import STATISTICS, Stats
 
-__all__ = ["HORIZONS", "Batch", "Loss", "check_terms", "has_sides", "listed", "meant", "require_sides", "total"]
+__all__ = [
+    "HORIZONS",
+    "Batch",
+    "Loss",
+    "Named",
+    "check_terms",
+    "has_sides",
+    "listed",
+    "meant",
+    "require_sides",
+    "total",
+]
+
+Value = TypeVar("Value")
 
 # a loss must see a whole horizon at once, the planner never cuts one
 HORIZONS = ("token", "sequence", "pair", "group", "batch")
@@ -211,3 +224,19 @@ def meant(wrong: Iterable[str], known: Iterable[str]) -> str:
 def listed(items: Iterable[str]) -> str:
     """Words for a message, sorted."""
     return ", ".join(sorted(items))
+
+
+class Named(dict[str, Value]):
+    """A dict whose KeyError says which names there are.
+
+    Args:
+        what: one of its values is, for the message.
+        values: by name.
+    """
+
+    def __init__(self, what: str, values: Mapping[str, Value]) -> None:
+        super().__init__(values)
+        self._what = what
+
+    def __missing__(self, name: str) -> Value:
+        raise KeyError(f"no {self._what} {name!r}{meant([name], self)}: there is {listed(self) or 'none'}")

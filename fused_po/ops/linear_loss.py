@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["linear_loss"]
 
+# known before a trace, which takes no comparison of versions on older ones
+TRACES = TorchVersion(torch.__version__) >= "2.13"
+
 
 def linear_loss(
     hidden: Tensor,
@@ -255,7 +258,7 @@ class _LinearLoss(torch.autograd.Function):
 
 def _refuse_older_traces() -> None:
     """torch 2.11 hands the backward of a traced call a gradient of 0; of 2.12 it is not known."""
-    if torch.compiler.is_compiling() and TorchVersion(torch.__version__) < "2.13":
+    if torch.compiler.is_compiling() and not TRACES:
         raise RuntimeError(
             "linear_loss under torch.compile needs torch 2.13 or later, earlier ones make its gradient 0: leave it out "
             "of what is compiled (torch.compiler.disable), or take linear_token_stats"

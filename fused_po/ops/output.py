@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_po.losses.contract import Batch, Loss
+from fused_po.losses.contract import Batch, Loss, Named
 from fused_po.ops.batches import Layout
 from fused_po.ops.coefficients import sided_coefficients
 from fused_po.ops.devices import has_values
@@ -55,7 +55,8 @@ class SplitGradients:
             kind: {name: _padded(kept[f"{kind}/{name}"], rows) for name in names if f"{kind}/{name}" in kept}
             for kind in ("weight", "bias")
         }
-        return SplitGradients(names, hidden, **head)
+        by_part = {kind: Named("part", found) for kind, found in {"hidden": hidden, **head}.items()}
+        return SplitGradients(names, **by_part)
 
     def norms(self) -> dict[str, dict[str, Tensor]]:
         """``norms()["weight"]["positive"]``: the norm of a part's gradient, for each kind that there is."""

@@ -1,15 +1,15 @@
-"""Logits that are not there yet: what a model's output layer returns while somebody works out log-probs.
+"""What a model's output layer returns while somebody works out log-probs: logits that are not there yet.
 
-It remembers hidden states and head, follows slices, casts, scales and soft caps, and answers log-probs, entropies and
-means from ``linear_token_stats``. Whatever else is asked of it makes the logits, once and with a warning that names the
-operation, so that nothing can come out wrong.
+They follow slices, casts, scales and soft caps, and answer log-probs, entropies and means from
+``linear_token_stats``. Whatever else is asked of them makes the logits (see ``unmade``), so that nothing can come out
+wrong.
 """
 
 from __future__ import annotations
 
-import warnings
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import wraps
 from numbers import Real
 from operator import methodcaller
@@ -22,84 +22,71 @@ from torch.utils import _pytree as pytree
 
 from fused_po.ops import linear_token_stats, token_stats
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.head import Call, Head
+from fused_po.stats import Stats
+from fused_po.trainers.head import Head
+from fused_po.trainers.unmade import Unmade
 
-__all__ = ["DeferredLogits", "made"]
+__all__ = ["DeferredLogits", "stats_of"]
 
 OUTPUTS = ("logp", "entropy", "mean_logit")
+# of them, what is the same for any label
+KEPT = ("entropy", "mean_logit")
 # elements of logits at a time where they are looked at row by row
 ROW_ELEMENTS = 1 << 22
-# what a tensor on the meta device can tell of the shape
-SHAPED = (
-    *("size", "dim", "ndim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "stride"),
-    *("layout", "is_contiguous", "is_sparse", "is_nested", "nbytes", "itemsize"),
-)
-# older names of reduction, which torch passes on as None
-LEGACY = ("size_average", "reduce", "dtype")
-# what Python looks up in the class
-OPERATORS = (
-    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "matmul", "neg", "abs", "pow", "rpow", "eq", "ne"),
-    *("lt", "le", "gt", "ge", "iadd", "isub", "ipow", "setitem"),
-)
 
 
-def followed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the logits: what it returns, or, where that is ``NotImplemented``, what real logits return."""
+def stats_of(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor,
+    outputs: Sequence[str],
+    *,
+    temperature: float | Tensor = 1.0,
+    **options: Any,
+) -> Stats:
+    """Statistics of labels (...) under logits (..., V), there or not, in the precision that the model ran in.
+
+    Args:
+        logits, labels: in a shape that ``linear_token_stats`` takes.
+        outputs, temperature: as there.
+        options: of ``linear_token_stats``, before those of the logits' own call.
+    """
+    made = logits if isinstance(logits, Tensor) else logits.now
+    if isinstance(logits, Tensor) or made is not None:
+        assert made is not None
+        return token_stats(made, labels, outputs=tuple(outputs), temperature=temperature)
+    head = logits.whole()
+    given = {**head.options, **logits.call.options, **options}
+    with logits.call.precision(logits.device):
+        return linear_token_stats(
+            logits.hidden, head.weight, labels, outputs=tuple(outputs), temperature=temperature, **given
+        )
+
+
+def followed(method: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    """A method of the logits: what it returns, or, where that is ``NotImplemented``, what real logits return.
+
+    Args:
+        method: takes those arguments that it can follow.
+        name: of the method of real logits; "": the same.
+    """
+    name, signature = name or method.__name__, inspect.signature(method)
 
     @wraps(method)
     def call(self: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-        known = self.now is None and (not self.normal or method.__name__ in ("gather", "take_along_dim"))
-        found = method(self, *args, **kwargs) if known else NotImplemented
-        return self.ask(method.__name__, *args, **kwargs) if found is NotImplemented else found
+        found = NotImplemented
+        if self.now is None and (not self.normal or name in ("gather", "take_along_dim")):
+            try:
+                signature.bind(self, *args, **kwargs)
+            except TypeError:
+                return self.ask(name, *args, **kwargs)
+            found = method(self, *args, **kwargs)
+        return self.ask(name, *args, **kwargs) if found is NotImplemented else found
 
     return call
 
 
-@dataclass(eq=False)
-class DeferredLogits:
-    """Logits of hidden states under a head, or their ``log_softmax``.
-
-    Attributes:
-        hidden: (..., H).
-        head: what they are made with, what was done to them included.
-        call: where they come from.
-        dtype: of the logits, once they are made.
-        normal: whether these are log-probs of all classes.
-        known: statistics of each row that have been worked out, (...).
-        real: the logits, once they had to be made.
-        source: the logits that these are a view of, and how to take it.
-    """
-
-    hidden: Tensor
-    head: Head
-    call: Call
-    dtype: torch.dtype
-    normal: bool = False
-    known: dict[str, Tensor] = field(default_factory=dict)
-    real: Tensor | None = None
-    source: tuple[DeferredLogits, Callable[[Any], Any]] | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.head.classes))
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.hidden.requires_grad or self.head.weight.requires_grad
-
-    @property
-    def now(self) -> Tensor | None:
-        """The logits, where they or those that they are a view of had to be made."""
-        if self.real is None and self.source is not None and self.source[0].now is not None:
-            self.real = self.source[1](self.source[0].now)
-        return self.real
-
-    def __len__(self) -> int:
-        return self.shape[0]
+class DeferredLogits(Unmade):
+    """Logits of hidden states under a head, or their ``log_softmax``, see ``Unmade``."""
 
     @followed
     def __getitem__(self, index: Any) -> Any:
@@ -115,136 +102,139 @@ class DeferredLogits:
         start, stop, step = cut.indices(self.head.classes) if isinstance(cut, slice) else (1, 0, 1)
         if (start, step) != (0, 1):
             return NotImplemented
-        rows = self._rows(lambda tensor: tensor[items], lambda logits: logits[index])
-        return rows if stop == self.head.classes else rows._as(vocab_size=stop)
+        found = self.rows(lambda tensor: tensor[items], lambda logits: logits[index])
+        if stop != self.head.classes:
+            found.head, found.known = found.head.cut(stop), {}
+        return found
 
     @followed
     def chunk(self, chunks: int, dim: int = 0) -> Any:
-        return self._parts(methodcaller("chunk", chunks, dim), dim)
+        return self._parts(methodcaller("chunk", chunks, self._dimension(dim)), dim)
 
     @followed
     def split(self, split_size: Any, dim: int = 0) -> Any:
-        return self._parts(methodcaller("split", split_size, dim), dim)
+        return self._parts(methodcaller("split", split_size, self._dimension(dim)), dim)
 
     def _parts(self, cut: Callable[[Any], Any], dim: int) -> Any:
         def part(i: int) -> DeferredLogits:
-            return self._rows(lambda tensor: cut(tensor)[i])
+            return self.rows(lambda tensor: cut(tensor)[i])
 
-        last = dim % self.hidden.ndim == self.hidden.ndim - 1
-        return NotImplemented if last else tuple(part(i) for i in range(len(cut(self.hidden))))
+        if self._dimension(dim) not in range(self.hidden.ndim - 1):
+            return NotImplemented
+        return tuple(part(i) for i in range(len(cut(self.hidden))))
 
-    @followed
-    def reshape(self, *shape: Any) -> Any:
+    def _shaped(self, *shape: Any) -> Any:
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
         lead = self.hidden.ndim - 1
         if not wanted or wanted[-1] != self.shape[-1]:
             return NotImplemented
-        return self._rows(lambda tensor: tensor.reshape((*wanted[:-1], *tensor.shape[lead:])))
+        return self.rows(lambda tensor: tensor.reshape((*wanted[:-1], *tensor.shape[lead:])))
 
-    view = reshape
+    reshape, view = followed(_shaped, "reshape"), followed(_shaped, "view")
 
     @followed
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
-        end = end_dim % self.hidden.ndim
-        return NotImplemented if end == self.hidden.ndim - 1 else self._rows(lambda t: t.flatten(start_dim, end))
+        start, end = self._dimension(start_dim), self._dimension(end_dim)
+        rows = range(self.hidden.ndim - 1)
+        return self.rows(lambda logits: logits.flatten(start, end)) if start in rows and end in rows else NotImplemented
 
     @followed
     def contiguous(self) -> Any:
-        return self
+        return self if self.hidden.is_contiguous() else self.rows(Tensor.contiguous)
 
     @followed
     def detach(self) -> Any:
+        found = self.rows(Tensor.detach)
         bias = None if self.head.bias is None else self.head.bias.detach()
-        return replace(self._rows(Tensor.detach), head=self.head.with_tensors(self.head.weight.detach(), bias))
+        found.head = self.head.with_tensors(self.head.weight.detach(), bias)
+        return found
 
     def float(self) -> Any:
         return self.to(torch.float32)
 
     @followed
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        try:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        except (TypeError, RuntimeError):
+            return NotImplemented
         if device is not None and torch.empty(0, device=device).device != self.device:
             return NotImplemented
-        return self if dtype in (None, self.dtype) else replace(self, dtype=dtype, source=None)
+        return self if dtype in (None, self.dtype) else self.copied(dtype=dtype)
 
-    @followed
-    def __mul__(self, factor: Any) -> Any:
-        if not isinstance(factor, Real):
+    def _times(self, factor: Any) -> Any:
+        if not _is_factor(factor):
             return NotImplemented
-        return replace(self, head=self.head.multiplied(float(factor)), known={}, source=None)
+        return self.copied(head=self.head.multiplied(float(factor)), known={})
 
-    __rmul__ = mul = __mul__
+    def _over(self, divisor: Any) -> Any:
+        return self._times(1.0 / float(divisor)) if _is_factor(divisor) else NotImplemented
 
-    @followed
-    def __truediv__(self, divisor: Any) -> Any:
-        return self * (1.0 / float(divisor)) if isinstance(divisor, Real) else NotImplemented
-
-    div = __truediv__
-
-    @followed
-    def mul_(self, factor: Any) -> Any:
-        if not isinstance(factor, Real):
+    def _times_in_place(self, factor: Any) -> Any:
+        if not _is_factor(factor):
             return NotImplemented
-        self.head, self.known, self.source = self.head.multiplied(float(factor)), {}, None
+        self.scale_in_place(float(factor))
         return self
 
-    @followed
-    def div_(self, divisor: Any) -> Any:
-        return self.mul_(1.0 / float(divisor)) if isinstance(divisor, Real) else NotImplemented
+    def _over_in_place(self, divisor: Any) -> Any:
+        return self._times_in_place(1.0 / float(divisor)) if _is_factor(divisor) else NotImplemented
 
-    __imul__, __itruediv__ = mul_, div_
+    __mul__, __rmul__, mul = followed(_times, "__mul__"), followed(_times, "__rmul__"), followed(_times, "mul")
+    __truediv__, div = followed(_over, "__truediv__"), followed(_over, "div")
+    __imul__, mul_ = followed(_times_in_place, "__imul__"), followed(_times_in_place, "mul_")
+    __itruediv__, div_ = followed(_over_in_place, "__itruediv__"), followed(_over_in_place, "div_")
 
     @followed
     def tanh(self) -> Any:
-        return self._as(softcap=1.0) if self.head.softcap is None else NotImplemented
+        return self.copied(head=self.head.capped(), known={}) if self.head.softcap is None else NotImplemented
 
     def statistics(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Log-prob of the labels, entropy and mean logit of each row, in the shape of labels, differentiable."""
         self.call.count()
-        targets = labels.reshape(-1).contiguous()
-        if self.now is not None:
-            found = token_stats(self.now.reshape(-1, self.now.shape[-1]), targets, outputs=OUTPUTS)
-        else:
-            head, rows = self.whole(), self.hidden.reshape(-1, self.hidden.shape[-1])
-            options = {**head.options, **self.call.options}
-            with self.call.precision(self.device):
-                found = linear_token_stats(rows, head.weight, targets, outputs=OUTPUTS, **options)
+        flat = (-1, self.shape[-1])
+        rows = self._shaped(*flat) if self.now is None else self.now.reshape(flat)
+        found = stats_of(rows, labels.reshape(-1).contiguous(), OUTPUTS).present()
+        stats = {name: value.reshape(labels.shape) for name, value in found.items()}
+        if self.now is None:
+            self.known.update({name: stats[name] for name in KEPT}, ignored=labels == IGNORE)
         # a copy: trainers write into log-probs
-        stats = {name: value.reshape(labels.shape).clone() for name, value in found.present().items()}
-        self.known.update(stats)
-        return stats
-
-    def whole(self) -> Head:
-        return self.head.whole(self.call.layer)
+        return {name: value.clone() for name, value in stats.items()}
 
     def logp(self, labels: Tensor) -> Tensor:
         return self.statistics(labels)["logp"]
 
     def entropy(self) -> Tensor:
         """Of each row, (...), differentiable where the logits are."""
-        if "entropy" not in self.known:
-            self.statistics(torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device))
-        return self.known["entropy"]
+        found = self._of_every_row("entropy")
+        if found is None or (self.requires_grad and torch.is_grad_enabled() and not found.requires_grad):
+            return self.statistics(torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device))["entropy"]
+        return found.clone()
+
+    def _of_every_row(self, name: str) -> Tensor | None:
+        """What is known of each row; None: nothing, or not of those that were ignored."""
+        known = self.now is None and name in self.known and not self.known["ignored"].any()
+        return self.known[name] if known else None
 
     @followed
     def mean(self, dim: Any = None) -> Any:
         """Over the classes, or over everything; logged by trainers, so that a gradient through it is refused."""
-        if dim not in (None, -1, self.hidden.ndim - 1):
+        if dim is not None and not self._last(dim):
             return NotImplemented
         return self._row_means().mean() if dim is None else self._row_means()
 
     @followed
-    def nansum(self, *dim: Any) -> Any:
+    def nansum(self) -> Any:
         found = self._row_means().sum() * self.shape[-1]
-        return NotImplemented if dim or not found.isfinite() else found
+        return found if found.isfinite() else NotImplemented
 
     def _row_means(self) -> Tensor:
         """The mean logit of each row, (...), in float32 or float64."""
         dtype = torch.promote_types(self.hidden.dtype, torch.float32)
-        if "mean_logit" in self.known:
-            found = self.known["mean_logit"].detach()
+        known = self._of_every_row("mean_logit")
+        if known is not None:
+            found = known.detach()
         elif self.head.softcap is not None:
-            found = self._by_rows(lambda rows, head: self._logits(rows, head).to(dtype).mean(-1))
+            found = self._by_rows(lambda rows, head: self.logits_of(rows, head).to(dtype).mean(-1))
         else:
             # the mean of h W^T is h times the mean of W: no GEMM
             def mean(tensor: Tensor) -> Tensor:
@@ -254,20 +244,29 @@ class DeferredLogits:
             found = self.head.logit_scale * (found if self.head.bias is None else found + mean(self.head.bias))
         return _Logged.apply(found, self.hidden) if self.requires_grad and torch.is_grad_enabled() else found
 
-    @followed
-    def argmax(self, dim: Any = None) -> Any:
-        last = dim in (-1, self.hidden.ndim - 1)
-        return self._by_rows(lambda rows, head: self._logits(rows, head).argmax(-1)) if last else NotImplemented
+    def _by_rows(self, function: Callable[[Tensor, Head], Tensor]) -> Tensor:
+        step, head = max(1, ROW_ELEMENTS // self.shape[-1]), self.whole()
+        with torch.no_grad():
+            rows = self.hidden.reshape(-1, self.hidden.shape[-1])
+            return torch.cat([function(part, head) for part in rows.split(step)]).reshape(self.shape[:-1])
 
     @followed
-    def log_softmax(self, dim: Any = None) -> Any:
-        if dim not in (-1, self.hidden.ndim - 1):
+    def argmax(self, dim: Any = None) -> Any:
+        if not self._last(dim):
             return NotImplemented
-        return replace(self, normal=True, source=(self, methodcaller("log_softmax", -1)))
+        return self._by_rows(lambda rows, head: self.logits_of(rows, head).argmax(-1))
+
+    @followed
+    def log_softmax(self, dim: Any = None, dtype: Any = None) -> Any:
+        # the dtype of statistics, if not their own
+        if not self._last(dim) or dtype not in (None, torch.float32):
+            return NotImplemented
+        # what becomes known of them is known of these
+        return self.copied(normal=True, dtype=dtype or self.dtype)
 
     @followed
     def gather(self, dim: int, index: Tensor) -> Any:
-        if not self.normal or dim not in (-1, self.hidden.ndim - 1) or index.shape != (*self.shape[:-1], 1):
+        if not self.normal or not self._last(dim) or index.shape != (*self.shape[:-1], 1):
             return NotImplemented
         return self.logp(index.squeeze(-1)).unsqueeze(-1)
 
@@ -286,74 +285,13 @@ class DeferredLogits:
         total = -self.logp(target.masked_fill(target == ignore_index, IGNORE)).sum()
         return total if reduction == "sum" else total / (target != ignore_index).sum()
 
-    def made(self) -> Tensor:
-        """The logits themselves, (..., V)."""
-        return self._logits(self.hidden, self.whole()) if self.now is None else self.now
+    def _dimension(self, dim: int) -> int:
+        """Counted from the front, so that it is the same of what has no classes."""
+        return dim + self.hidden.ndim if dim < 0 else dim
 
-    def known_as(self, name: str, *, written: bool = False) -> Tensor:
-        """The logits themselves, from now on, for an operation that is not followed, or that writes into them."""
-        if self.normal and self.now is None:
-            name = f"log_softmax and {name}"
-        if self.now is None:
-            if name not in self.call.unknown:
-                self.call.unknown.append(name)
-                size = " x ".join(map(str, self.shape))
-                warnings.warn(f"{name} of a model's logits is not followed: all {size} of them are made", stacklevel=4)
-            view = self.source if written or self.normal else None
-            # also where a trainer looks at them for its log: the graph may be wanted later
-            with torch.set_grad_enabled(self.requires_grad):
-                self.real = self.made() if view is None else view[1](view[0].known_as(name, written=True))
-        assert self.real is not None
-        return self.real
-
-    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """What a method of real logits returns; these where it changes them in place."""
-        written = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        real = self.known_as(name, written=written)
-        args, kwargs = made((args, kwargs))
-        found = getattr(real, name)(*args, **kwargs)
-        return self if found is real else found
-
-    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
-        with self.call.precision(self.device):
-            found = head.logits(hidden).to(self.dtype)
-        return found.log_softmax(-1) if self.normal else found
-
-    def _as(self, **changes: Any) -> DeferredLogits:
-        return replace(self, head=replace(self.head, **changes), known={}, source=None)
-
-    def _rows(self, change: Callable[[Any], Any], view: Callable[[Any], Any] | None = None) -> DeferredLogits:
-        known = {name: change(value) for name, value in self.known.items()}
-        return replace(self, hidden=change(self.hidden), known=known, source=(self, view or change))
-
-    def _by_rows(self, function: Callable[[Tensor, Head], Tensor]) -> Tensor:
-        step, head = max(1, ROW_ELEMENTS // self.shape[-1]), self.whole()
-        with torch.no_grad():
-            rows = self.hidden.reshape(-1, self.hidden.shape[-1])
-            return torch.cat([function(part, head) for part in rows.split(step)]).reshape(self.shape[:-1])
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(name)
-        if name in SHAPED:
-            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
-        if callable(getattr(Tensor, name)):
-            return lambda *args, **kwargs: self.ask(name, *args, **kwargs)
-        return getattr(self.known_as(name), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", str(function))
-        if args and _is_deferred(args[0]) and hasattr(cls, name):
-            kwargs.pop("_stacklevel", None)
-            kwargs = {key: value for key, value in kwargs.items() if key not in LEGACY or value is not None}
-            return getattr(args[0], name)(*args[1:], **kwargs)
-
-        def real(value: Any) -> Any:
-            return value.known_as(name) if _is_deferred(value) else value
-
-        args, kwargs = pytree.tree_map(real, (args, kwargs), is_leaf=_is_deferred)
-        return function(*args, **kwargs)
+    def _last(self, dim: Any) -> bool:
+        """Whether a dimension is that of the classes."""
+        return dim in (-1, self.hidden.ndim - 1)
 
 
 class _Logged(torch.autograd.Function):
@@ -368,15 +306,6 @@ class _Logged(torch.autograd.Function):
         raise RuntimeError("the mean of deferred logits is for the log and has no gradient")
 
 
-def made(value: Any) -> Any:
-    """What is given, with logits that are there."""
-    return pytree.tree_map(lambda leaf: leaf.made() if _is_deferred(leaf) else leaf, value, is_leaf=_is_deferred)
-
-
-def _is_deferred(value: Any) -> bool:
-    return isinstance(value, DeferredLogits)
-
-
 def _dimensions(item: Any) -> int:
     """How many dimensions an item of an index takes."""
     if item is None or item is Ellipsis:
@@ -384,17 +313,18 @@ def _dimensions(item: Any) -> int:
     return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and value != 0
+
+
 def _flatten(logits: DeferredLogits) -> tuple[list[Any], Any]:
-    return [logits.hidden, logits.head.weight, logits.head.bias, logits.known, logits.real], logits
+    return [logits.hidden, logits.head.weight, logits.head.bias, logits.known, logits.now], logits
 
 
 def _unflatten(parts: Any, logits: DeferredLogits) -> DeferredLogits:
-    hidden, weight, bias, known, real = parts
-    return replace(logits, hidden=hidden, head=logits.head.with_tensors(weight, bias), known=known, real=real)
+    hidden, weight, bias, known, held = parts
+    return logits.copied(hidden=hidden, head=logits.head.with_tensors(weight, bias), known=known, held=held)
 
 
-for _name in OPERATORS:
-    setattr(DeferredLogits, f"__{_name}__", lambda self, *others, _n=f"__{_name}__": self.ask(_n, *others))
-DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 # so that what wraps a model finds the tensors in it
 pytree.register_pytree_node(DeferredLogits, _flatten, _unflatten)

@@ -53,8 +53,16 @@ class Head:
 
     def multiplied(self, factor: float) -> Head:
         """That of logits times a number."""
-        cap = None if self.softcap is None else self.softcap * factor
+        cap = None if self.softcap is None else self.softcap * abs(factor)
         return replace(self, logit_scale=self.logit_scale * factor, softcap=cap)
+
+    def capped(self) -> Head:
+        """That of ``tanh`` of logits without a cap."""
+        return replace(self, softcap=1.0)
+
+    def cut(self, classes: int) -> Head:
+        """That of the first classes."""
+        return replace(self, vocab_size=classes)
 
     def with_tensors(self, weight: Tensor, bias: Tensor | None) -> Head:
         return replace(self, weight=weight, bias=bias)
@@ -95,7 +103,10 @@ class Call:
     unknown: list[str] = field(default_factory=list)
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+        if self.autocast is None:
+            on = torch.is_autocast_enabled(device.type)
+            return torch.autocast(device.type, enabled=False) if on else nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
 
 
 def _gathered(shard: Any, dtype: torch.dtype) -> Tensor:

@@ -51,21 +51,6 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
     return _SWITCH.enable(backend=backend, scratch_bytes=scratch_bytes)
 
 
-def disable() -> None:
-    """Put LLaMA-Factory's own methods back; nothing happens where ``enable`` was not called."""
-    _SWITCH.disable()
-
-
-def is_enabled() -> bool:
-    """Whether LLaMA-Factory's trainers take their log-probs from here."""
-    return _SWITCH.on
-
-
-def calls() -> int:
-    """How many calls of its trainers were answered since ``enable``; 0 where it is not enabled."""
-    return _SWITCH.calls
-
-
 def _install(count: Callable[[], None], **options: Any) -> Callable[[], None]:
     if find_spec("llamafactory") is None:
         raise ImportError(
@@ -88,3 +73,4 @@ def _install(count: Callable[[], None], **options: Any) -> Callable[[], None]:
 
 
 _SWITCH = Switch(_install)
+disable, is_enabled, calls = _SWITCH.disable, _SWITCH.is_enabled, _SWITCH.calls

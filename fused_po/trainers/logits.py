@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_po.trainers.deferred import made
 from fused_po.trainers.seam import deferred
+from fused_po.trainers.unmade import made
 
 __all__ = ["PREDICTION", "Methods"]
 

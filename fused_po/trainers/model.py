@@ -5,25 +5,32 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fused_po.ops import linear_token_stats, token_stats
 from fused_po.stats import Stats
-from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.deferred import DeferredLogits, stats_of
 from fused_po.trainers.head import Head
-from fused_po.trainers.seam import deferred, output_layer, standing_in
+from fused_po.trainers.seam import calls_of, deferred, output_layer, standing_in
 
 __all__ = ["Found", "hidden_and_head", "run_apart", "take_apart", "token_stats_of"]
 
 # rows of logits that a model is checked by
 ROWS = 16
+# elements of a buffer that a forward may write into
+COUNTED = 1 << 20
+# inputs that it writes into
+STATES = ("past_key_values", "cache_params", "state")
+_UNKNOWN = "is known once it has run: call the backbone first"
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
@@ -40,7 +47,8 @@ def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tup
         model: a causal LM from transformers, vision-language models too, inside whatever wraps it (PEFT, DDP, FSDP2,
             ``torch.compile``, accelerate): it is called as it is.
         check: whether the first batch of a model is also used to compare some of its own logits with those of
-            ``hidden`` and ``head``, in two more forwards without a graph. False: it is not.
+            ``hidden`` and ``head``, in two more forwards without a graph, unless
+            the inputs hold a cache. False: it is not.
         inputs: what the model takes. ``use_cache`` is False unless given, where the model knows it.
 
     Returns:
@@ -53,7 +61,7 @@ def take_apart(model: nn.Module, /, *, check: bool = True, **inputs: Any) -> tup
         ValueError: a model without an output layer; one whose logits are not a head's alone, and what it does to them;
             one that fails the check.
     """
-    found = run_apart(model, _running(model, inputs), check=check)
+    found = run_apart(model, _without_cache(model, inputs), check=check)
     if isinstance(found.logits, Tensor):
         raise ValueError(f"{found.why}: take log-probs from its logits, as token_stats_of does")
     return found.logits.hidden, found.logits.whole(), found.outputs
@@ -81,7 +89,9 @@ def hidden_and_head(model: nn.Module, *, check: bool = True) -> tuple[Callable[.
     head = _Known(output_layer(model)[1])
 
     def backbone(**inputs: Any) -> Tensor:
-        hidden, head.found, _ = take_apart(model, check=check, **inputs)
+        hidden, found, _ = take_apart(model, check=check, **inputs)
+        # numbers alone: weights that were gathered for the run are not kept beyond it
+        head.shown = {name: getattr(found, name) for name in ("softcap", "logit_scale", "vocab_size")}
         return hidden
 
     return backbone, head
@@ -90,7 +100,7 @@ def hidden_and_head(model: nn.Module, *, check: bool = True) -> tuple[Callable[.
 class _Known:
     """A head by its layer, and by what a run has shown of it."""
 
-    found: Head | None = None
+    shown: Mapping[str, Any] | None = None
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
@@ -107,19 +117,20 @@ class _Known:
 
     @property
     def options(self) -> dict[str, Any]:
-        return self._run.options | {"bias": self.bias}
+        return self._run().options
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._run.logits(hidden)
+        return self._run().logits(hidden)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._run, name)
+        if self.shown is None:
+            raise AttributeError(f"{name} of a model's head {_UNKNOWN}")
+        return getattr(self._run(), name)
 
-    @property
     def _run(self) -> Head:
-        if self.found is None:
-            raise ValueError("what a model does to its logits is known once it has run: call the backbone first")
-        return self.found
+        if self.shown is None:
+            raise ValueError(f"what a model does to its logits {_UNKNOWN}")
+        return Head(self.weight, self.bias, **self.shown)
 
 
 def token_stats_of(
@@ -143,7 +154,7 @@ def token_stats_of(
     Raises:
         ValueError: as ``take_apart``, or a model that has more or fewer positions than the inputs.
     """
-    found = run_apart(model, _running(model, inputs), check=check)
+    found = run_apart(model, _without_cache(model, inputs), check=check)
     logits = found.logits
     positions = logits.shape[1]
     if positions != labels.shape[1] + 1:
@@ -151,10 +162,7 @@ def token_stats_of(
             f"the model has {positions} positions, and {labels.shape[1]} labels want {labels.shape[1] + 1}: an adapter "
             "that adds tokens (prompt learning) adds positions before those of the inputs, see take_apart"
         )
-    if isinstance(logits, Tensor):
-        return token_stats(logits[:, :-1], labels, outputs=tuple(outputs))
-    head = logits.whole()
-    return linear_token_stats(logits.hidden[:, :-1], head.weight, labels, outputs=tuple(outputs), **head.options)
+    return stats_of(logits[:, :-1], labels, outputs)
 
 
 @dataclass(frozen=True)
@@ -172,42 +180,47 @@ class Found:
     why: str = ""
 
 
-def run_apart(model: nn.Module, run: Callable[[], Any], *, check: bool = True) -> Found:
-    """``take_apart`` for a call of one's own; logits that had to be made are no error.
+def run_apart(
+    model: nn.Module, inputs: Mapping[str, Any], *, forward: Callable[..., Any] | None = None, check: bool = True
+) -> Found:
+    """``take_apart`` where logits that had to be made are no error.
 
     Args:
         model: holds the output layer.
-        run: calls the model, once for each call of this and twice more for a check.
-        check: as there.
+        inputs: of its call.
+        forward: called instead of the model, from within a forward of the model; None: the model is called.
+        check: as there. Within a seam, or with a state that a forward writes into, there is none yet.
 
     Raises:
         ValueError: as ``take_apart``, but for logits that are made.
     """
     owner, layer = output_layer(model)
-    if check and layer not in _checked and not torch.compiler.is_compiling():
-        _check(model, owner, layer, run)
-        _checked.add(layer)
-    with deferred(model) as calls:
+    run = partial(forward or model, **inputs)
+    stateful = any(inputs.get(name) is not None for name in STATES)
+    check = check and not stateful and layer not in _checked and calls_of(layer) is None
+    with deferred(model, within=forward is not None) as calls:
+        if check and not calls.why and not torch.compiler.is_compiling():
+            if _check(model, owner, layer, run):
+                _checked.add(layer)
+            calls.clear()
+        before = len(calls)
         outputs = run()
     logits = _logits_of(outputs)
     if logits is None:
         raise ValueError(f"{type(owner).__name__} returned no logits, but a {type(outputs).__name__}")
-    real = logits if isinstance(logits, Tensor) else logits.now
-    if real is None:
+    now = logits if isinstance(logits, Tensor) else logits.now
+    if now is None:
         return Found(logits, outputs)
-    done = sorted({name for call in calls for name in call.unknown})
+    kind, done = type(owner).__name__, sorted({name for call in calls[before:] for name in call.unknown})
+    if calls.why:
+        return Found(now, outputs, f"the logits of {kind} are made, {calls.why}")
     why = f"it does {', '.join(done)} to them" if done else f"{type(layer).__name__} multiplies by no weight of its own"
-    why = f"the logits of {type(owner).__name__} are not its output layer's alone, {why}"
-    if not done:
-        warnings.warn(f"{why}: all of them are made", stacklevel=3)
-    return Found(real, outputs, why)
+    return Found(now, outputs, f"the logits of {kind} are not its output layer's alone, {why}")
 
 
-def _running(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
-    """A call of the model, without a cache."""
+def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     known = inspect.signature(output_layer(model)[0].forward).parameters
-    given = {"use_cache": False, **inputs} if "use_cache" in known else inputs
-    return lambda: model(**given)
+    return {"use_cache": False, **inputs} if "use_cache" in known else inputs
 
 
 def _logits_of(outputs: Any) -> Any:
@@ -219,36 +232,64 @@ def _logits_of(outputs: Any) -> Any:
     return next((leaf for leaf in leaves if isinstance(leaf, DeferredLogits)), None)
 
 
-def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> None:
-    """Compare some of a model's own logits with deferred ones.
+def _check(model: nn.Module, owner: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> bool:
+    """Compare some of a model's own logits with deferred ones, within its seam.
+
+    Returns:
+        whether there is nothing left to compare.
 
     Raises:
         ValueError: they differ by more than rounding, measured by the largest of them.
     """
 
-    def some(layer: nn.Module, own: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
-        return own(hidden[..., :ROWS, :], *others)
+    def some(layer: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hidden, *others = *args, *kwargs.values()
+        given, by_name = [hidden[..., :ROWS, :], *others], len(args)
+        return own(*given[:by_name], **dict(zip(kwargs, given[by_name:], strict=True)))
 
-    with _looking(model), deferred(model):
+    with _looking(model):
         logits = _logits_of(run())
-        if not isinstance(logits, DeferredLogits) or logits.now is not None:
-            return
-        ours = logits[..., :ROWS, :].made()
+    if not isinstance(logits, DeferredLogits) or logits.now is not None:
+        return True
     with _looking(model), standing_in(layer, some):
         own = _logits_of(run())
-    size = own.abs().max()
-    apart = (ours - own).abs().max() / size
+        ours = logits[..., :ROWS, :].made()
+    # a row that is not a number in both tells nothing
+    rows = ours.isfinite().all(-1) | own.isfinite().all(-1)
+    ours, own = ours[rows], own[rows]
+    if not own.numel():
+        return False
+    size, apart = own.abs().max(), (ours - own).abs().max()
     # half precision: what is rounded on the way to a logit
-    if not apart <= max(1e-3, 16 * torch.finfo(own.dtype).eps):
+    if not apart <= max(1e-3, 16 * torch.finfo(own.dtype).eps) * size:
         raise ValueError(
             f"{type(owner).__name__} is not a head on its last hidden states: of logits up to {size:.2g} some differ "
-            f"by {apart:.1e} of that; check=False takes them all the same"
+            f"by {apart:.1e}; check=False takes them all the same"
         )
+    return True
 
 
 @contextmanager
 def _looking(model: nn.Module) -> Iterator[None]:
-    """Without a graph, as Python runs it, and with the random numbers that come next."""
+    """Without a graph, a loss or warnings, as Python runs it; random numbers and buffers are those from before."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    # quantised weights are buffers too; what a forward keeps count of is small
+    before = [
+        (buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= COUNTED and not buffer.is_meta
+    ]
+    with ExitStack() as stack:
+        for one in (torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), _NoLoss()):
+            stack.enter_context(one)
+        stack.enter_context(torch.random.fork_rng(devices))
+        warnings.simplefilter("ignore")
         yield
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+class _NoLoss(TorchFunctionMode):
+    """The loss of a model is 0 within: its labels are as many as the tokens."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.zeros(()) if function is functional.cross_entropy else function(*args, **(kwargs or {}))

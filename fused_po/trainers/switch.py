@@ -41,24 +41,23 @@ class Switch:
         self._options: dict[str, Any] = {}
         self._calls = 0
 
-    @property
-    def on(self) -> bool:
+    def is_enabled(self) -> bool:
+        """Whether the library's trainers take their log-probs from here."""
         return self._remove is not None
 
-    @property
     def calls(self) -> int:
-        """How many calls were answered since ``enable``; 0 where it is off."""
-        return self._calls if self.on else 0
+        """How many calls of its trainers were answered since ``enable``; 0 where it is not enabled."""
+        return self._calls if self.is_enabled() else 0
 
     def enable(self, **options: Any) -> Enabled:
         """Replace; what is on already gets other options. Where that fails, it is off."""
-        before = self._options if self.on else None
+        before = self._options if self.is_enabled() else None
         self.disable()
         self._remove, self._options, self._calls = self._install(self._count, **options), options, 0
         return Enabled(self, before)
 
     def disable(self) -> None:
-        """Put back; nothing happens where it is off."""
+        """Put the library's own functions back; nothing happens where ``enable`` was not called."""
         if self._remove is not None:
             remove, self._remove = self._remove, None
             remove()

@@ -32,7 +32,7 @@ def turned(problem, element: str, triple: Coefficients, backend: str) -> torch.T
     return tile
 
 
-@pytest.mark.pairwise
+@pytest.mark.pairwise(backend="reference")
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("element", FLOATS)
 @pytest.mark.parametrize("which", ["e", "ce", "cel", "l"])

@@ -123,7 +123,7 @@ def wide_dtype(backend: str, device: str, element: str) -> torch.dtype:
     return torch.float64 if element == "fp64" else torch.float32
 
 
-@pytest.mark.pairwise
+@pytest.mark.pairwise(backend="reference")
 @on_backends(*FLOATS)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics(case, element, backend, device):
@@ -140,7 +140,7 @@ def test_statistics(case, element, backend, device):
         check(value, getattr(naive, name).detach(), getattr(truth, name).detach(), name)
 
 
-@pytest.mark.pairwise
+@pytest.mark.pairwise(backend="reference")
 @on_backends("fp32", "bf16", "fp64")
 @pytest.mark.parametrize("case", CASES)
 def test_unscaled_tile(case, element, backend, device):
@@ -164,7 +164,7 @@ def test_unscaled_tile(case, element, backend, device):
     assert torch.equal(x, out)
 
 
-@pytest.mark.pairwise
+@pytest.mark.pairwise(backend="reference")
 @on_backends("fp32", "bf16", "fp64")
 @pytest.mark.parametrize("which", ["c", "cel", "e", "l"])
 @pytest.mark.parametrize("case", CASES)

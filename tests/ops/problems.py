@@ -119,6 +119,11 @@ class CountGemms(TorchDispatchMode):
         return self.products / self.unit
 
 
+def words(names: frozenset[str]) -> str:
+    """Of a set as a parameter: its order differs from process to process."""
+    return "-".join(sorted(names)) or "none"
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||, and ||got|| where want is exactly 0."""
     norm = want.double().norm().item()

@@ -7,7 +7,7 @@ import torch
 
 from fused_po import losses, splits
 from fused_po.ops import linear_loss
-from tests.ops.problems import CountGemms, Problem
+from tests.ops.problems import CountGemms, Problem, words
 from tests.ops.test_routes import HEAD_FROZEN, PLENTY, ROW, WEIGHT_FROZEN, check_gradients
 
 FROZEN = [frozenset(), HEAD_FROZEN, WEIGHT_FROZEN, frozenset({"hidden"})]
@@ -28,7 +28,7 @@ def call(problem: Problem, **options):
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("frozen", FROZEN, ids=str)
+@pytest.mark.parametrize("frozen", FROZEN, ids=words)
 @pytest.mark.parametrize("scratch", [0, 7 * ROW, PLENTY])
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
 @pytest.mark.parametrize("sequences", [[1, 4], [0, 1, 2, 3, 4, 5]], ids=["some", "all"])
@@ -45,7 +45,7 @@ def test_advantages_of_zero(name, scratch, frozen, sequences):
 @pytest.mark.pairwise
 @pytest.mark.parametrize("split", [splits.positive_only(), splits.negative_only()], ids=["positive", "negative"])
 @pytest.mark.parametrize("scratch", [0, 20 * ROW, PLENTY])
-@pytest.mark.parametrize("frozen", FROZEN, ids=str)
+@pytest.mark.parametrize("frozen", FROZEN, ids=words)
 def test_a_side_that_counts_nothing(split, scratch, frozen):
     """Against the same split in a form whose zero is not known ahead."""
     problem = Problem(losses.create("sigmoid", beta=0.3), frozen)

@@ -8,7 +8,7 @@ import torch
 from fused_po import losses
 from fused_po.ops import linear_loss, linear_token_stats
 from tests.losses.cases import CASES, create
-from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error
+from tests.ops.problems import CountGemms, EntropyPairs, H, Problem, V, relative_error, words
 
 PLENTY = 1 << 24
 # bytes of a float64 row of logits, and of a row in flight beside it
@@ -31,7 +31,7 @@ def check_gradients(problem: Problem, value: torch.Tensor, want: torch.Tensor) -
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, WEIGHT_FROZEN, frozenset({"hidden"})], ids=str)
+@pytest.mark.parametrize("frozen", [frozenset(), HEAD_FROZEN, WEIGHT_FROZEN, frozenset({"hidden"})], ids=words)
 @pytest.mark.parametrize("scratch", [0, 12 * ROW, PLENTY])
 @pytest.mark.parametrize("case", [*CASES, "entropy-pairs"])
 def test_gradients_equal_autograd(case, scratch, frozen):

@@ -24,6 +24,7 @@ from torch import distributed as dist
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from fused_po.trainers import trl as hooks
+from tests.trainers import test_trl_on_logits as on_logits
 from tests.trainers.trl_runs import assert_same, run
 
 ZERO_3 = {
@@ -53,6 +54,13 @@ CASES: dict[str, tuple[str, type, type | None, dict[str, Any]]] = {
     "rloo": ("rloo", RLOOTrainer, None, {"beta": 0.0}),
     "sft": ("sft", SFTTrainer, None, {}),
 }
+# trainers that ask the model for logits, in any TRL
+LOGITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "orpo": ("orpo", {}),
+    "orpo accumulated": ("orpo", {"gradient_accumulation_steps": 2}),
+    "cpo": ("cpo", {"loss_type": "sigmoid"}),
+    "simpo, lora": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "lora": True}),
+}
 
 
 def on_cpu(*_: Any, **__: Any) -> tuple[str, DistributedType]:
@@ -73,14 +81,24 @@ def main() -> None:
         if ours is not None:
             found["one pass"] = run(kind, ours, folder, **options)
         for way, steps in found.items():
-            assert_same(steps, want)
-            worst = {
-                key: max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-2) for a, b in zip(steps, want, strict=True))
-                for key in ("loss", "grad_norm")
-            }
-            if dist.get_rank() == 0:
-                print(f"{name}, {way}: loss {worst['loss']:.1e}, gradient norm {worst['grad_norm']:.1e}")
+            compare(f"{name}, {way}", steps, want)
+    for name, (kind, settings) in LOGITS.items():
+        options = {"deepspeed": ZERO_3, "use_cpu": False, **settings}
+        want, _ = on_logits.run(kind, folder, False, **options)
+        steps, calls = on_logits.run(kind, folder, True, **options)
+        assert calls >= len(steps), "the logits were made"
+        compare(f"{name}, on logits", steps, want)
     dist.destroy_process_group()
+
+
+def compare(name: str, steps: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+    assert_same(steps, want)
+    worst = {
+        key: max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-2) for a, b in zip(steps, want, strict=True))
+        for key in ("loss", "grad_norm")
+    }
+    if dist.get_rank() == 0:
+        print(f"{name}: loss {worst['loss']:.1e}, gradient norm {worst['grad_norm']:.1e}")
 
 
 if __name__ == "__main__":

@@ -180,3 +180,31 @@ def test_recomputed_layers(reentrant):
     model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     same(model, *batch(), plain=plain)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_body_of_few_bits(bits):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 64}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_key_value_heads=4, **sizes))
+    for module in [*base.model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear):
+                kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+                options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+                made = kind(layer.in_features, layer.out_features, bias=False, **options)
+                values = bnb.nn.Params4bit if bits == 4 else bnb.nn.Int8Params
+                made.weight = values(layer.weight.data.clone(), requires_grad=False, **options)
+                setattr(module, name, made.to("cpu"))
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **CAUSAL)
+    model = peft.get_peft_model(base, lora)
+    inputs, labels = batch()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden, head, _ = take_apart(model, **inputs)
+    found = linear_token_stats(hidden[:, :-1], head.weight, labels, **head.options).logp
+    want = own(model, inputs, labels)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(value.sum(), trained) for value in (found, want)]
+    for mine, truth in zip(*gradients, strict=True):
+        assert truth.abs().max() > 0 and (mine - truth).abs().max() <= 1e-5 * truth.abs().max()

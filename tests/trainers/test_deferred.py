@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.logits import Methods
-from fused_po.trainers.seam import putting_off, standing_in
+from fused_po.trainers.seam import Calls, putting_off, standing_in
 
 LAYER = nn.Linear(16, 11)
 HIDDEN = torch.randn(2, 5, 16)
@@ -19,7 +19,7 @@ LABELS = torch.randint(11, (2, 5))
 
 
 def put_off(hidden: torch.Tensor) -> Any:
-    with standing_in(LAYER, putting_off({}, lambda: None, [])):
+    with standing_in(LAYER, putting_off({}, lambda: None, Calls())):
         return LAYER(hidden)
 
 
@@ -171,7 +171,6 @@ def test_changes_in_place_are_kept():
     [
         (lambda z: z.clamp(max=1.0), "clamp"),
         (lambda z: torch.where(z > 0, z, 0.0), "__gt__"),
-        (lambda z: z.log_softmax(-1).exp(), "log_softmax and exp"),
         (lambda z: torch.cat([z, z]), "cat"),
     ],
 )
@@ -184,6 +183,17 @@ def test_what_is_not_followed_is_made_once_and_named(change, name):
     assert [str(one.message) for one in caught] == [
         f"{name} of a model's logits is not followed: all 2 x 5 x 11 of them are made"
     ]
+
+
+def test_log_probs_of_all_classes_are_made_once():
+    log_p = put_off(HIDDEN).log_softmax(-1)
+    with pytest.warns(UserWarning) as caught:
+        found = -(log_p.exp() * log_p).sum(-1)
+        kept = log_p.now
+        assert kept is not None and log_p.exp() is not None and log_p.now is kept
+    assert [str(one.message).partition(" of a model's")[0] for one in caught] == ["log_softmax and exp"]
+    want = LAYER(HIDDEN).log_softmax(-1)
+    torch.testing.assert_close(found, -(want.exp() * want).sum(-1))
 
 
 def test_log_probs_of_logits_that_were_made():

@@ -109,6 +109,7 @@ def _install(count: Callable[[], None], *, on_logits: bool = True, **options: An
 
 
 _SWITCH = Switch(_install)
+disable, is_enabled, calls = _SWITCH.disable, _SWITCH.is_enabled, _SWITCH.calls
 
 
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
@@ -139,21 +140,6 @@ def enabled() -> Iterator[None]:
     """The one place within, whether or not it is enabled outside, whose options then count."""
     with nullcontext() if is_enabled() else _SWITCH.enable(on_logits=False):
         yield
-
-
-def disable() -> None:
-    """Put TRL's own functions back; nothing happens where ``enable`` was not called."""
-    _SWITCH.disable()
-
-
-def is_enabled() -> bool:
-    """Whether TRL's trainers take their log-probs from here."""
-    return _SWITCH.on
-
-
-def calls() -> int:
-    """How many calls of TRL's trainers were answered since ``enable``; 0 where it is not enabled."""
-    return _SWITCH.calls
 
 
 def _installed() -> tuple[tuple[int, ...], Any]:

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from fused_po.ops.checks import IGNORE
-from fused_po.trainers.deferred import DeferredLogits, made
+from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.logits import Methods
 from fused_po.trainers.trl import chunked_nll
+from fused_po.trainers.unmade import made
 
 __all__ = ["EXPERIMENTAL", "METHODS", "Patches"]
 
@@ -150,10 +151,9 @@ def _selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable
         if not _fits(logits, index):
             options = _given(temperature, row_mask)
             return original(made(logits), index, entropy_requires_grad=entropy_requires_grad, **options)
-        found = (logits / temperature).statistics(_masked(index, row_mask))
+        scaled = logits if temperature == 1.0 else logits / temperature
+        found = scaled.statistics(_masked(index, row_mask))
         entropy = found["entropy"]
-        if temperature == 1.0:
-            logits.known.update(found)
         return found["logp"], entropy if entropy_requires_grad else entropy.detach()
 
     return selective_log_softmax_and_entropy

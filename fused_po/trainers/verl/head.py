@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fused_po.ops import linear_token_stats, token_stats
+from fused_po.ops import linear_token_stats
+from fused_po.trainers.deferred import stats_of
 from fused_po.trainers.model import run_apart
 
 __all__ = ["FusedLinearForPPO", "PPOOutput", "forward_with_fused_po", "linear_cross_entropy", "note_forward"]
@@ -167,17 +168,14 @@ def forward_with_fused_po(
         raise ValueError("one of shift_labels, labels and input_ids is needed for the log-probs")
     # what is None may be unknown to the model
     given = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
-    taken = run_apart(self, partial(original_forward(type(self)), self, **given, return_dict=True))
+    taken = run_apart(self, given | {"return_dict": True}, forward=partial(original_forward(type(self)), self))
     if shift_labels is None:
         assert source is not None
         shift_labels = source.roll(-1, -1)
-    if isinstance(taken.logits, Tensor):
-        found = token_stats(taken.logits, shift_labels.to(torch.int64), outputs=OUTPUTS, temperature=temperature)
-        logp, entropy = found.logp, found.entropy
-    else:
-        head, options = taken.logits.whole(), kernel_options or {}
-        hidden = taken.logits.hidden
-        logp, entropy = _stats(hidden, head.weight, shift_labels, temperature, **head.options, **options)
+    found = stats_of(
+        taken.logits, shift_labels.to(torch.int64), OUTPUTS, temperature=temperature, **(kernel_options or {})
+    )
+    logp, entropy = found.logp, found.entropy
     assert logp is not None and entropy is not None
     return PPOOutput(
         past_key_values=taken.outputs.get("past_key_values"),

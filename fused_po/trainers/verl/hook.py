@@ -42,6 +42,7 @@ def _install(count: Callable[[], None], **options: Any) -> Callable[[], None]:
 
 
 _SWITCH = Switch(_install)
+disable, is_enabled, calls = _SWITCH.disable, _SWITCH.is_enabled, _SWITCH.calls
 
 
 def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> Enabled:
@@ -64,21 +65,6 @@ def enable(*, backend: str | None = None, scratch_bytes: int | None = None) -> E
         ImportError: no verl, or one without these places; nothing is changed.
     """
     return _SWITCH.enable(backend=backend, scratch_bytes=scratch_bytes)
-
-
-def disable() -> None:
-    """Put verl's own functions back; nothing happens where ``enable`` was not called."""
-    _SWITCH.disable()
-
-
-def is_enabled() -> bool:
-    """Whether verl's fused functions are ours."""
-    return _SWITCH.on
-
-
-def calls() -> int:
-    """How many calls of verl were answered since ``enable``; 0 where it is not enabled."""
-    return _SWITCH.calls
 
 
 def _found() -> dict[tuple[str, str], Any]:
