@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "fused_po"
 # files of the package, and folders with all that they hold
 PARTS = (
-    *("__init__.py", "advantages.py", "distributed.py", "prices.py", "segments.py", "splits.py", "stats.py"),
+    *("__init__.py", "advantages.py", "distributed.py", "prices.py", "schedules.py", "segments.py", "splits.py"),
+    "stats.py",
     *("kernels", "losses", "ops"),
 )
 # where a kernel needs a compiler of its own: a backend that can't be imported is passed over

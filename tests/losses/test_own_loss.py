@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from fused_po import Split, linear_loss, losses, splits, stats_loss, token_stats
 from fused_po.losses import registry
@@ -103,6 +104,25 @@ def test_where_nobody_looks_a_wrong_pattern_makes_the_gradient_nan(monkeypatch):
     assert all(grad.isfinite().all() for grad in want)
     for mine, theirs in zip(run(RightPattern(), scratch_bytes=0), want, strict=True):
         assert relative_error(mine, theirs) < 1e-11
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="linear_loss traces from torch 2.13 on")
+def test_a_pattern_in_a_trace():
+    hidden, weight, labels = leaves()
+    for loss in (RightPattern(), WrongPattern()):
+        torch._dynamo.reset()
+
+        def value(hidden, weight, loss=loss):
+            return linear_loss(hidden, weight, labels, loss, scratch_bytes=0).loss
+
+        compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+        if isinstance(loss, RightPattern):
+            want = torch.autograd.grad(value(hidden, weight), (hidden, weight))
+            for mine, theirs in zip(got, want, strict=True):
+                assert relative_error(mine, theirs) < 1e-11
+        else:
+            assert all(grad.isnan().all() for grad in got)
 
 
 def test_a_right_pattern_is_used():
