@@ -8,7 +8,8 @@ works for every loss, because a loss is its coefficients c = dL/dlogp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fused_po.losses.batch import Batch
 from fused_po.losses.contract import HORIZONS, Loss, require_sides
+from fused_po.schedules import Linear, Schedule, lines, require_real
 
 __all__ = [
     "Linear",
@@ -31,35 +33,9 @@ __all__ = [
     "w_reinforce",
 ]
 
-Schedule = Callable[[float], float]
 REWEIGHTS = ("identity", "none", "clip", "power", "tertiles")
 # what needs the mean weight of the population, or its thirds
 OF_POPULATION = ("none", "tertiles")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A schedule: from ``start`` at the beginning of training to ``end``, in a straight line.
-
-    Args:
-        start: the value at the beginning.
-        end: the value at the end.
-        begin: 0.0, the fraction of the training at which the line begins.
-        finish: 1.0, the one at which it ends; 0 <= begin < finish <= 1.
-    """
-
-    start: float
-    end: float
-    begin: float = 0.0
-    finish: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.begin < self.finish <= 1.0:
-            raise ValueError(f"a schedule runs within [0, 1]: got begin {self.begin}, finish {self.finish}")
-
-    def __call__(self, progress: float) -> float:
-        share = min(max((progress - self.begin) / (self.finish - self.begin), 0.0), 1.0)
-        return self.start + (self.end - self.start) * share
 
 
 @dataclass(frozen=True)
@@ -126,6 +102,13 @@ class Split:
             needed = "running_tertiles" if self.reweight == "tertiles" else "running_mean"
             if getattr(self, needed) is None:
                 raise ValueError(f"population='running' with reweight={self.reweight!r} needs {needed}")
+        for name in ("positive", "negative"):
+            if not callable(getattr(self, name)):
+                require_real(name, getattr(self, name), " or a schedule, as Linear(start=1.0, end=0.0)")
+        if not isinstance(self.tertile_gains, Sequence) or len(self.tertile_gains) != 3:
+            raise ValueError(f"tertile_gains must be three numbers: got {self.tertile_gains!r}")
+        for gain in self.tertile_gains:
+            require_real("each of tertile_gains", gain)
         # a bad schedule shows before the training, not in it
         for gain in (*self._at(self.progress or 0.0), *self._at(0.0), *self._at(1.0), *self.tertile_gains):
             if not math.isfinite(gain) or (gain < 0 and not self.allow_negative):
@@ -229,7 +212,10 @@ class Split:
 
     def _at(self, progress: float) -> tuple[float, float]:
         positive, negative = (side(progress) if callable(side) else side for side in (self.positive, self.negative))
-        return float(positive), float(negative)
+        try:
+            return float(positive), float(negative)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a schedule must return a number: got {positive!r} and {negative!r}") from error
 
 
 def check_split(split: object, loss: Loss) -> None:
@@ -247,6 +233,22 @@ def check_split(split: object, loss: Loss) -> None:
     split.horizon(loss)
     # asked for its error
     _ = split.weights
+    _warn_of_own_mean(split, loss)
+
+
+def _warn_of_own_mean(split: Split, loss: Loss) -> None:
+    """Say where the mean weight is that of one sample, or of one pair: DPO's have one weight."""
+    if torch.compiler.is_compiling() or split.reweight != "none" or split.population != "horizon":
+        return
+    if loss.horizon in (("sequence", "pair") if loss.weighs_sequences else ("token",)):
+        itself = "its own weight"
+        if loss.horizon == "pair":
+            itself = "the weight that both answers have, where the loss is of their margin as DPO is"
+        warnings.warn(
+            f"reweight='none' takes the mean weight over a {loss.horizon}, the horizon of {loss.name!r}, which is "
+            f"{itself}: take population='batch' (as splits.no_reweighting() does) or 'running'",
+            stacklevel=4,
+        )
 
 
 def tertiles(samples: Tensor, groups: Tensor) -> Tensor:
@@ -324,7 +326,7 @@ def controlled_dpo(
         begin: 0.0, the fraction of the training at which they begin to move.
         finish: 1.0, the one at which they stop.
     """
-    return Split(Linear(*positive, begin, finish), Linear(*negative, begin, finish))
+    return Split(*lines(positive, negative, begin, finish))
 
 
 def controlled_ppo(
@@ -344,9 +346,9 @@ def controlled_ppo(
         begin: 0.0, the fraction of the training at which they begin to move.
         finish: 1.0, the one at which they stop.
     """
-    reweight = "identity" if set(tertile_gains) == {1.0} else "tertiles"
-    sides = Linear(*positive, begin, finish), Linear(*negative, begin, finish)
-    return Split(*sides, reweight, population="batch", tertile_gains=tertile_gains)
+    flat = isinstance(tertile_gains, Sequence) and set(tertile_gains) == {1.0}
+    sides = lines(positive, negative, begin, finish)
+    return Split(*sides, "identity" if flat else "tertiles", population="batch", tertile_gains=tertile_gains)
 
 
 def psr() -> Split:

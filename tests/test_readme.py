@@ -122,12 +122,13 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_a_loss_of_ones_own_is_what_it_says(own_loss: str, load: Callable[[str], None]) -> None:
-    """Under a split that takes the negative side away, and with the coefficients that its pattern promises."""
+    """Under a split that takes the negative side away, and with the coefficients of the pattern that it may have."""
     load(own_loss)
     loss = losses.create("margin_to_target", target=5.0)
     stats, batch, _ = make_batch(loss, [3, 5])
     value, whole = coefficients(loss, stats, batch)
-    ratio = whole.logp / loss.pattern(batch)
+    assert loss.pattern(batch) is None and "`def pattern(self, batch): return self.role(batch)`" in README
+    ratio = whole.logp / loss.role(batch)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
     assert value > 0 and ratio[0] < 0
     _, split = coefficients(loss, stats, batch, splits.positive_only())

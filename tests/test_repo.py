@@ -40,7 +40,7 @@ MAY_IMPORT = {
     # knows no operation: it sees whatever runs
     "ledger": {"torch", "triton", "prices"},
     "trainers": {
-        *("torch", "transformers", "tokenizers", "peft", "trl", "axolotl"),
+        *("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "axolotl"),
         *("stats", "losses", "splits", "ops"),
     },
     "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},

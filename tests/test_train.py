@@ -12,11 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fused_po.cli import compare as comparing
 from fused_po.cli import main
-from fused_po.trainers.loading import load_tokenizer
+from fused_po.cli.train import with_config
+from fused_po.trainers.loading import load_model, load_tokenizer
 
 WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
 
@@ -29,10 +37,8 @@ def data(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def model(tmp_path_factory):
+def small_model(folder: Path) -> str:
     """A Llama small enough to train in milliseconds, in a folder as users have them."""
-    folder = tmp_path_factory.mktemp("models") / "small"
     tokenizer = load_tokenizer("tiny", WORDS * 4)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -44,9 +50,14 @@ def model(tmp_path_factory):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    command.model = str(folder)
+    LlamaForCausalLM(config).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
+    return str(folder / "small")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory):
+    command.model = small_model(tmp_path_factory.mktemp("models"))
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
@@ -113,6 +124,9 @@ def test_lora_trains_an_adapter_and_saves_a_model(data, tmp_path):
     full = tmp_path / "full"
     assert main(command(data, full, "--lr", "1e-3")) == 0
     merged, trained = weights(output), weights(full)
+    # the adapter in a folder is part of the model that starts from it
+    again = load_model(str(output / "checkpoint-4"), None, 0).state_dict()
+    assert all(torch.equal(again[name], merged[name]) for name in merged)
     assert merged.keys() == trained.keys()
     start = tmp_path / "start"
     assert main([*command(data, start, "--lr", "1e-12"), "--steps", "1"]) == 0
@@ -128,12 +142,13 @@ def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
     assert main(command(data, whole, *extra)) == 0
     script = (
         "import os, signal, sys\n"
-        "from fused_po.cli import loop, main\n"
-        "before = loop._Run._step\n"
-        "def step(self, number, indices):\n"
-        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return before(self, number, indices)\n"
-        "loop._Run._step = step\n"
+        "from fused_po.cli import main\n"
+        "from fused_po.trainers.preferences import PreferenceTrainer as Trainer\n"
+        "before = Trainer.training_step\n"
+        "def step(self, *given, **named):\n"
+        "    if self.state.global_step == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return before(self, *given, **named)\n"
+        "Trainer.training_step = step\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     run = subprocess.run(
@@ -146,6 +161,76 @@ def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
     assert rows(broken) == rows(whole)
     ours, theirs = weights(broken), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_more_steps_continue_a_run(data, tmp_path):
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    assert main([*command(data, whole), "--steps", "5"]) == 0
+    assert main([*command(data, longer), "--steps", "2"]) == 0
+    assert main([*command(data, longer), "--steps", "5", "--resume"]) == 0
+    assert rows(longer) == rows(whole)
+    ours, theirs = weights(longer), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_single_answers_train_one_at_a_time(tmp_path):
+    path = tmp_path / "single.jsonl"
+    single = [
+        {"prompt": f"Is it {w}?", "completion": f"Yes, {w}.", "label": index % 2} for index, w in enumerate(WORDS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in single))
+    output = tmp_path / "out"
+    assert main([*command(path, output, "--loss", "kto", "--eval-data", str(path)), "--batch-size", "1"]) == 0
+    assert all(row["loss"] > 0 and row["kl"] >= 0 for row in rows(output) + rows(output, "eval"))
+
+
+def test_flags_of_a_file_stand_before_those_of_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "steps: 3\nloss_arg: {simpo_gamma: 0.5}\ncompare: true\nresume: false\nlora:\nfsdp_config: {a: 1}\nbf16: true\n"
+    )
+    found = with_config(["train", "--config", str(path), "--steps", "4"])
+    flags = [
+        "--steps",
+        "3",
+        "--loss-arg",
+        "simpo_gamma=0.5",
+        "--compare",
+        "--fsdp-config",
+        '{"a": 1}',
+        "--bf16",
+        "True",
+    ]
+    assert found == ["train", *flags, "--config", str(path), "--steps", "4"]
+    path.write_text("- a list")
+    with pytest.raises(ValueError, match="a mapping of flags is wanted, got list"):
+        with_config(["train", "--config", str(path)])
+
+
+def test_the_engine_takes_its_own_flags(data, tmp_path):
+    output = tmp_path / "out"
+    more = ["--gradient-accumulation-steps", "3", "--max_grad_norm", "0.5", "--logging-steps", "2", "--loss", "simpo"]
+    assert main(command(data, output, *more, "--loss-arg", "simpo_gamma=1.5", "--beta", "2.0")) == 0
+    assert [row["step"] for row in rows(output)] == [2, 4]
+    found = torch.load(output / "model" / "training_args.bin", weights_only=False)
+    assert (found.gradient_accumulation_steps, found.max_grad_norm) == (3, 0.5)
+
+
+def test_compare_takes_a_mixture_of_experts(data, tmp_path):
+    config = MixtralConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    load_tokenizer(command.model, []).save_pretrained(tmp_path / "experts")
+    given = [*command(data, tmp_path / "out", "--compare"), "--model", str(tmp_path / "experts"), "--steps", "2"]
+    assert main(given) == 0
 
 
 def test_a_real_interrupt_of_the_program(data, tmp_path):
@@ -164,7 +249,8 @@ def test_a_real_interrupt_of_the_program(data, tmp_path):
         run.kill()
     assert run.returncode == 130
     assert "--resume continues" in text
-    assert (output / "checkpoint" / "state.pt").exists()
+    (last,) = output.glob("checkpoint-*")
+    assert AutoModelForCausalLM.from_pretrained(last).num_parameters()
 
 
 def test_resume_refuses_another_run(data, tmp_path, capsys):
@@ -172,7 +258,7 @@ def test_resume_refuses_another_run(data, tmp_path, capsys):
     assert main(command(data, output)) == 0
     assert main(command(data, output, "--resume")) == 2
     assert "holds all 4 steps" in capsys.readouterr().err
-    assert main(command(data, output, "--resume", "--loss", "hinge")) == 2
+    assert main([*command(data, output, "--resume", "--loss", "hinge"), "--steps", "6"]) == 2
     assert "--resume with another --loss: hinge, the run began with sigmoid" in capsys.readouterr().err
     assert main(command(data, tmp_path / "new", "--resume")) == 2
     assert "nothing to resume" in capsys.readouterr().err
@@ -181,10 +267,10 @@ def test_resume_refuses_another_run(data, tmp_path, capsys):
     assert main(command(data, output, "--resume")) == 2
     assert "the contents of the file have changed" in capsys.readouterr().err
     data.write_text(before)
-    state = output / "checkpoint" / "state.pt"
+    state = output / "checkpoint-4" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    assert main(command(data, output, "--resume")) == 2
-    assert "checkpoint can't be read" in capsys.readouterr().err
+    assert main([*command(data, output, "--resume"), "--steps", "6"]) == 2
+    assert "optimizer.pt can't be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["kto", "sigmoid", "orpo"])
@@ -212,6 +298,7 @@ def test_a_model_whose_head_does_more_is_refused(data, tmp_path, capsys, monkeyp
         return found
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    # whatever the reference of such a model is kept under must not hide it
     assert main(command(data, tmp_path / "out")) == 2
     assert "not its output layer's alone, it does clamp to them" in capsys.readouterr().err
 
@@ -226,8 +313,14 @@ def test_a_model_whose_head_does_more_is_refused(data, tmp_path, capsys, monkeyp
         (["--model", "/no/such/folder"], "--model /no/such/folder: no such folder"),
         (["--device", "nonsense"], "--device nonsense: "),
         (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--loss", "simpo", "--loss-arg", "simpo_gamma"], "--loss-arg simpo_gamma: NAME=VALUE is wanted"),
+        (["--loss", "simpo", "--loss-arg", "gamma=1"], "loss 'simpo' has no hyper-parameter gamma"),
+        (["--split", "positive"], "--split positive: expected one of controlled_dpo"),
+        (["--split", "psr", "--split-arg", "a=1"], "--split: psr() got an unexpected keyword argument 'a'"),
+        (["--learning-rte", "1"], "unknown arguments: --learning-rte 1"),
+        (["--compare", "--gradient-accumulation-steps", "2"], "--compare takes one process"),
         (["--compare", "--dtype", "bfloat16"], "--compare needs --dtype float32"),
-        (["--max-length", "3", "--on-too-long", "refuse"], "tokens, more than 3"),
+        (["--max-length", "3", "--on-too-long", "refuse"], "row 1: 22 tokens, more than 3"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, change, message):

@@ -26,7 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_parser(commands)
     profile.add_parser(commands)
     doctor.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    try:
+        given = train.with_config(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments, rest = parser.parse_known_args(given)
+    # train has the engine's flags beside its own
+    if rest and arguments.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     # torch's own remarks on profiled memory are for its developers
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

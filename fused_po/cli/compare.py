@@ -1,23 +1,29 @@
-"""The same step through plain PyTorch, and whether the two agree."""
+"""``--compare``: the same step through plain PyTorch, and whether the two agree."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fused_po import LossOutput
 from fused_po.diagnostics.memory import peak_memory
+from fused_po.ops.plain import plain_loss, rounding
+from fused_po.trainers.averages import weighed_metrics
+from fused_po.trainers.preferences import PreferenceTrainer
 
-__all__ = ["Comparison"]
+__all__ = ["ComparedTrainer", "Comparison"]
 
 # a step: takes a model, runs forward and backward, returns the loss
 Step = Callable[[nn.Module], Tensor]
@@ -26,6 +32,45 @@ MEMORY_STEPS = 2
 ULP = torch.finfo(torch.float32).eps
 # least loss that a relative difference is taken of
 LEAST_LOSS = 1e-3
+
+
+class ComparedTrainer(PreferenceTrainer):
+    """Takes every step through full logits too; on one process."""
+
+    comparison: Comparison | None = None
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        side, outputs = self.side_inputs(model, batch), list[LossOutput]()
+
+        def fused(model: nn.Module) -> Tensor:
+            outputs[:] = [self.loss_output(model, batch, side=side)]
+            outputs[0].loss.backward()
+            return outputs[0].loss.detach()
+
+        def plain(model: nn.Module) -> Tensor:
+            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            # what the model returns has its own softcap and scale applied
+            value = plain_loss(model(**given, use_cache=False).logits[:, :-1], batch["targets"], self.loss, **side)
+            value.backward()
+            return value.detach()
+
+        self.comparison = self.comparison or Comparison(fused, plain, self.args.device)
+        self.comparison.fused, self.comparison.plain = fused, plain
+        loss = self.comparison.step(
+            model, self.state.global_step + 1, lambda: rounding(outputs[0].stats, batch["targets"], self.loss, **side)
+        )
+        self._train.add(weighed_metrics(batch, outputs[0], self._paired))
+        return loss
+
+    def report(self, output: Path, console: Any) -> int:
+        """Write compare.json and show it: 0, or 1 where the paths disagree."""
+        if self.comparison is None:
+            return 0
+        (output / "compare.json").write_text(json.dumps(self.comparison.summary(), indent=2) + "\n", encoding="utf-8")
+        console.print(self.comparison.table())
+        return 0 if self.comparison.agrees else 1
 
 
 @dataclass
@@ -142,7 +187,10 @@ class Comparison:
         slack: tuple[float, float],
     ) -> bool:
         model.zero_grad()
-        referee = copy.deepcopy(model).double()
+        referee: Any = copy.deepcopy(model).double()
+        if hasattr(referee, "set_experts_implementation"):
+            # the grouped products of a mixture of experts know no float64
+            referee.set_experts_implementation("eager")
         truth_loss = self.plain(referee).item()
         truth = _gradients(referee)
         loss_errors = [abs(loss - truth_loss) for loss, _ in (fused, plain)]

@@ -1,13 +1,95 @@
-"""The plot of a training run."""
+"""What a training run shows and writes: its progress, metrics.jsonl and a plot; and how Ctrl-C ends it."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
-__all__ = ["plot"]
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+__all__ = ["Report", "plot"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+# of the engine, not of the model
+_LEFT_OUT = ("_runtime", "_per_second", "_preparation_time", "epoch")
+
+
+class Report(TrainerCallback):
+    """Writes what is logged, a JSON row each, and shows loss and margin: in a bar, or as lines where output is a pipe.
+
+    As a context, it also makes Ctrl-C end the run after the step at hand, with a checkpoint; a second one ends it at
+    once.
+    """
+
+    def __init__(self, log: Path, accelerator: Any) -> None:
+        self._log, self._accelerator = log, accelerator
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self._bar = Progress(
+            *(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+            ),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.interrupted = False
+
+    def __enter__(self) -> Report:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        self._bar.stop()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, now="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if args.world_size > 1:
+            # one rank may hear of it before the others
+            noted = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = bool(self._accelerator.reduce(noted, "sum") > 0)
+        if last or self.interrupted:
+            control.should_save, control.should_training_stop = True, True
+            control.should_evaluate = control.should_evaluate or (last and args.eval_strategy != "no")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        split = "train" if "loss" in logs else "eval"
+        numbers = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_LEFT_OUT)}
+        if "loss" not in numbers or "train_loss" in numbers:
+            return
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": state.global_step, "split": split, **numbers}) + "\n")
+        margin, accuracy = (numbers.get(f"rewards/{name}") for name in ("margins", "accuracies"))
+        now = f"loss {numbers['loss']:.4f}" + ("" if margin is None else f"  margin {margin:+.3f}")
+        if split == "train":
+            self._bar.update(self._task, completed=state.global_step, now=now)
+        every = max(1, state.max_steps // 10)
+        if split == "eval" or (state.global_step % every == 0 and not self.console.is_terminal):
+            right = "" if accuracy is None or split == "train" else f"  reward accuracy {accuracy:.2f}"
+            self.console.print(f"step {state.global_step:4d}  {'held-out ' if split == 'eval' else ''}{now}{right}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.stop()
 
 
 def plot(log: Path, image: Path, title: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss, listed
+from fused_po.losses.contract import Batch, Loss, listed, per_token
 from fused_po.ops.batches import Layout, call_batch, masked_stats
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.output import THIRDS, parts_of
@@ -117,7 +117,7 @@ def take_apart(model: nn.Module, examples: Examples, loss: Loss, stats: StatsOf,
     thirds = parts_of(THIRDS, loss, packed, batch)
     found = _parts("", loss, packed, batch, thirds, "identity")
     found |= _parts(FLAT, loss, packed, batch, thirds, "none")
-    return Taken(layout, packed, batch, loss.role(batch), found)
+    return Taken(layout, packed, batch, per_token(loss.role(batch), batch, "role", loss), found)
 
 
 def _parts(

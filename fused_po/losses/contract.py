@@ -6,23 +6,25 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS, Batch
-from fused_po.stats import STATISTICS, Stats
+from fused_po.stats import DIFFERENTIABLE, STATISTICS, Stats
 
 __all__ = [
     "HORIZONS",
     "Batch",
     "Loss",
     "Named",
+    "check_declared",
     "check_terms",
     "has_sides",
     "listed",
     "meant",
+    "per_token",
     "require_sides",
     "total",
 ]
@@ -82,7 +84,8 @@ class Loss(ABC):
         call is the loss, so means divide by what the ``batch`` says of the whole call (``batch.mean_pairs`` does).
 
         Args:
-            stats: packed statistics (N,), those that ``needs`` names.
+            stats: packed statistics (N,), those that ``needs`` names: the loss tokens of all sequences in a row, and
+                not (B, S). ``batch.sum_per_sequence`` makes (B,) of them.
             batch: the same tokens, with their side inputs.
         """
 
@@ -131,6 +134,10 @@ class Loss(ABC):
 
         For pairs that are compared by summed log-probs: +1 on chosen tokens, -1 on rejected ones. Gradients of a
         horizon larger than the memory budget can then be summed before the multiple is known: 3 GEMMs and not 4.
+        Where log-probs are divided by the length, the signs are too.
+
+        A wrong one is an error on a CPU, in short calls and long ones. Elsewhere it makes the gradient of a horizon
+        larger than the budget NaN, and an error with ``FUSED_PO_CHECK=1``.
         """
         return None
 
@@ -150,9 +157,14 @@ class Loss(ABC):
             arguments: other names that the operation takes, which may have been meant.
 
         Raises:
-            ValueError: a name that no loss knows, one that this loss does not read, or a missing one.
+            ValueError: a name that no loss knows, one that this loss does not read, or a missing one; or what
+                ``check_declared`` raises.
         """
-        reads = self.needs & SIDE_INPUTS
+        needs = self.needs
+        # in few steps where all is well
+        if not isinstance(needs, (frozenset, set)) or needs - _NAMES or self.horizon not in HORIZONS:
+            check_declared(self)
+        reads = needs & SIDE_INPUTS
         unknown = given - SIDE_INPUTS
         if unknown:
             raise ValueError(
@@ -165,6 +177,67 @@ class Loss(ABC):
         missing = reads - given - OPTIONAL
         if missing:
             raise ValueError(f"loss {self.name!r} needs {listed(missing)}")
+
+
+def check_declared(loss: Loss | type[Loss]) -> None:
+    """Whether a loss declares names that are known. Of a class, what only its instances know is left out.
+
+    Raises:
+        ValueError: an unknown horizon, statistic or side input, something else than a set of names, or a derivative in
+            a statistic that the loss does not read.
+    """
+    who = f"loss {loss.name!r}"
+    declared: dict[str, Any] = {name: getattr(loss, name) for name in ("horizon", "needs", "reports", "differentiates")}
+    if isinstance(loss, type):
+        # properties
+        declared = {name: value for name, value in declared.items() if not hasattr(type(value), "__get__")}
+    horizon = declared.pop("horizon", HORIZONS[0])
+    if not isinstance(horizon, str) or horizon not in HORIZONS:
+        hint = meant([str(horizon)], HORIZONS)
+        raise ValueError(f"{who} has no known horizon{hint}: wanted one of {', '.join(HORIZONS)}, got {horizon!r}")
+    for what, names in declared.items():
+        kinds, words, known = _DECLARED[what]
+        if not isinstance(names, kinds) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{what} of {who} must be {words}: got {names!r}")
+        unknown = frozenset(names) - known
+        if unknown:
+            raise ValueError(
+                f"{what} of {who} names unknown {listed(unknown)}{meant(unknown, known)}: wanted some of "
+                f"{listed(known)}"
+            )
+    differentiates = declared.get("differentiates", ())
+    unread = [name for name in differentiates if "needs" in declared and name not in declared["needs"]]
+    if unread:
+        raise ValueError(f"{who} differentiates {listed(unread)}, so add {listed(unread)} to needs")
+
+
+_NAMES = frozenset(STATISTICS) | SIDE_INPUTS
+# of each declaration: its types, these in words, and the names that it may hold
+_DECLARED: dict[str, tuple[Any, str, frozenset[str]]] = {
+    "needs": ((frozenset, set), "a set of names, as frozenset({'logp', 'ref_logp'})", _NAMES),
+    "reports": ((tuple, list), "a tuple of names, as ('entropy',)", frozenset(STATISTICS)),
+    "differentiates": ((tuple, list), "a tuple of names, as ('logp',)", frozenset(DIFFERENTIABLE)),
+}
+
+
+def per_token(values: object, batch: Batch, what: str, loss: Loss) -> Tensor:
+    """What a method of a loss returned, if it is one number for each loss token, (N,).
+
+    Args:
+        values: what it returned.
+        batch: the tokens.
+        what: the name of the method.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(values, Tensor) or values.shape != batch.chosen.shape:
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        raise ValueError(
+            f"{what} of loss {loss.name!r} must be (N,), one per loss token, here ({batch.chosen.shape[0]},): got "
+            f"{got}; batch.spread makes (N,) of one per sequence, (B,)"
+        )
+    return values
 
 
 def has_sides(loss: Loss) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_po.losses.batch import Batch
-from fused_po.losses.contract import HORIZONS, Loss
+from fused_po.losses.contract import HORIZONS, Loss, per_token
 from fused_po.stats import DIFFERENTIABLE, Stats
 
 __all__ = ["Mixture"]
@@ -90,7 +90,7 @@ class Mixture(Loss):
         """The sides of the first part that has any."""
         role = super().role(batch)
         for part in self.losses:
-            role = torch.where(role == 0, part.role(batch), role)
+            role = torch.where(role == 0, per_token(part.role(batch), batch, "role", part), role)
         return role
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import TypeVar
 
-from fused_po.losses.contract import Loss, listed, meant
+from fused_po.losses.contract import Loss, check_declared, listed, meant
 from fused_po.losses.mixture import Mixture
 
 __all__ = ["create", "names", "register"]
@@ -29,12 +29,17 @@ LossClass = TypeVar("LossClass", bound=type[Loss])
 
 
 def register(name: str) -> Callable[[LossClass], LossClass]:
-    """Class decorator: make a loss available as ``create(name)``."""
+    """Class decorator: make a loss available as ``create(name)``.
+
+    Raises:
+        ValueError: a name that is taken, or a class that declares an unknown horizon, statistic or side input.
+    """
 
     def add(cls: LossClass) -> LossClass:
         if name in _registry:
             raise ValueError(f"loss {name!r} is registered already")
         cls.name = name
+        check_declared(cls)
         _registry[name] = cls
         return cls
 
@@ -66,7 +71,10 @@ def create(
             raise ValueError("loss_weights weights a list of losses: got one name")
         _refuse_unknown(f"loss {name!r}", _known(name), hyperparameters)
         _check_types(_registry[name], hyperparameters)
-        return _registry[name](**hyperparameters)
+        made = _registry[name](**hyperparameters)
+        # what a property says is known now
+        check_declared(made)
+        return made
     if not isinstance(name, Sequence) or not name:
         raise ValueError(f"a loss is a name, or a list of names that is not empty: got {name!r}")
     chosen = list(name)
@@ -80,6 +88,8 @@ def create(
         _registry[one](**{key: value for key, value in options.items() if key in known[one]})
         for one, options in zip(chosen, given, strict=True)
     ]
+    for part in parts:
+        check_declared(part)
     return Mixture(tuple(parts), tuple([1.0] * len(parts) if loss_weights is None else loss_weights))
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss, check_terms, total
+from fused_po.losses.contract import Batch, Loss, check_terms, per_token, total
+from fused_po.ops.declared import check_pattern, terms_of
 from fused_po.splits import Split
 from fused_po.stats import Stats
 
@@ -33,6 +34,8 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
     """
     if split is None:
         value, found = _derivatives(lambda terms: terms, loss, stats, batch)
+        if "logp" in found:
+            check_pattern(loss, found["logp"], stats, batch)
         return value, Coefficients(**{name: _narrowed(c, getattr(stats, name).dtype) for name, c in found.items()})
     assert stats.logp is not None
     value = stats.logp.new_zeros((), dtype=torch.float64)
@@ -43,7 +46,8 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
         sided_value, sided = _derivatives(partial(_terms, part.sided, True, seen), part, stats, batch)
         check_terms(part, seen)
         c = sided["logp"]
-        sided["logp"] = split(c, part.role(batch), part.weight(c, batch), batch, part)
+        role = per_token(part.role(batch), batch, "role", part)
+        sided["logp"] = split(c, role, per_token(part.weight(c, batch), batch, "weight", part), batch, part)
         value = value + factor * (rest_value + sided_value)
         for name in sided:
             summed[name] = summed.get(name, 0.0) + factor * (sided[name] + rest[name])
@@ -52,9 +56,7 @@ def coefficients(loss: Loss, stats: Stats, batch: Batch, split: Split | None = N
 
 def loss_value(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
     """The value alone, (), float64: without derivatives it also runs in inference mode."""
-    terms = loss(stats, batch)
-    assert stats.logp is not None
-    return total(terms).double() if terms else stats.logp.new_zeros((), dtype=torch.float64)
+    return total(terms_of(loss, stats, batch)).double()
 
 
 def sided_coefficients(loss: Loss, stats: Stats, batch: Batch) -> Tensor:
@@ -78,7 +80,7 @@ def silent_rows(loss: Loss, batch: Batch, split: Split | None = None) -> Tensor 
     for _, part in loss.parts:
         masks = [part.silent(batch)]
         if split is not None and not part.has_unsided_terms:
-            masks.append(split.silent(part.role(batch)))
+            masks.append(split.silent(per_token(part.role(batch), batch, "role", part)))
         known = [mask for mask in masks if mask is not None]
         if not known:
             return None
@@ -104,7 +106,7 @@ def _derivatives(
     """
 
     def value(inputs: dict[str, Tensor]) -> Tensor:
-        terms = select(loss(replace(stats, **inputs), batch))
+        terms = select(terms_of(loss, replace(stats, **inputs), batch))
         # no term: zero, and connected to the inputs
         return total(terms or {name: 0.0 * field.double().sum() for name, field in inputs.items()})
 

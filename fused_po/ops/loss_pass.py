@@ -10,7 +10,9 @@ from fused_po.losses.contract import HORIZONS, Batch, Loss
 from fused_po.ops.active import Arranged, host_mask
 from fused_po.ops.batches import chunk_batch, masked_stats
 from fused_po.ops.calls import HeadCall
+from fused_po.ops.checks import looks_at
 from fused_po.ops.coefficients import coefficients, loss_value, silent_rows
+from fused_po.ops.declared import off_pattern, pattern_error, pattern_of
 from fused_po.ops.gradients import Gradients
 from fused_po.ops.head import Head
 from fused_po.ops.output import THIRDS, parts_of
@@ -83,9 +85,7 @@ class LossPass:
             if pattern is None:
                 found, stats = self._chunk(chunk, part)
             else:
-                # masked rows have no coefficient, whatever the pattern says
-                pattern = pattern.to(wide) if part.mask is None else torch.where(part.mask, pattern.to(wide), 0.0)
-                found, stats, factor = self._deferred(chunk, part, pattern)
+                found, stats, factor = self._deferred(chunk, part, pattern.to(wide))
             value = value + found
             parts.append((chunk.rows, stats))
         return value, factor, {name: self._collect(name, parts) for name in self.asked}
@@ -115,7 +115,7 @@ class LossPass:
         # a split scales the sides apart
         route, alone = self.route, not self.several and not (self.split or self.names)
         pays = alone and chunk.rows.count > route.alone and route.chunk == route.whole
-        return self.loss.pattern(batch) if pays and self.unscaled and self.call.wanted.head else None
+        return pattern_of(self.loss, batch) if pays and self.unscaled and self.call.wanted.head else None
 
     def _chunk(self, chunk: Chunk, batch: Batch) -> tuple[Tensor, Stats]:
         home = None
@@ -161,6 +161,11 @@ class LossPass:
         # c = scalar * pattern: least squares gives the scalar back without looking for a non-zero entry
         squares = pattern.double().square().sum()
         scalar = (triple.logp.double() * pattern).sum() / torch.where(squares > 0, squares, 1.0)
+        off = off_pattern(triple.logp, pattern, scalar, whole, batch)
+        if looks_at(off) and bool(off):
+            raise pattern_error(self.loss)
+        # asking a GPU would wait for it, and a trace can't: NaN says that there is no gradient
+        scalar = torch.where(off, torch.nan, scalar)
         return value, whole, scalar.to(self.head.accumulation_dtype)
 
     def _new_gradients(self, accumulate: bool) -> Gradients:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_po.losses.contract import Batch, Loss, Named
+from fused_po.losses.contract import Batch, Loss, Named, per_token
 from fused_po.ops.batches import Layout
 from fused_po.ops.coefficients import sided_coefficients
 from fused_po.ops.devices import has_values
@@ -128,7 +128,7 @@ def part_names(split_gradients: bool | str) -> tuple[str, ...]:
 
 def parts_of(names: tuple[str, ...], loss: Loss, stats: Stats, batch: Batch) -> Tensor:
     """The part of each row, an index into ``names``: (N,) int64. Thirds are those of answers or tokens with a side."""
-    role = loss.role(batch)
+    role = per_token(loss.role(batch), batch, "role", loss)
     rest = len(names) - 1
     if names == SIDES:
         return torch.where(role > 0, 0, torch.where(role < 0, 1, rest))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_po.losses.contract import Loss, total
 from fused_po.ops.batches import Layout, Number, call_batch, masked_stats
 from fused_po.ops.coefficients import coefficients
+from fused_po.ops.declared import check_pattern
 from fused_po.ops.planning import static_plan
 from fused_po.stats import STATISTICS, Stats
 
@@ -102,6 +103,9 @@ def rounding(stats: Stats, labels: Tensor, loss: Loss, **side_inputs: Number) ->
 
     Returns:
         the change of the value, and that of dL/dlogp relative to its norm.
+
+    Raises:
+        ValueError: the loss has a wrong ``pattern``. The host waits here as it is.
     """
     layout = Layout.of(labels, static_plan(labels, packed=False))
     flat = {
@@ -114,6 +118,7 @@ def rounding(stats: Stats, labels: Tensor, loss: Loss, **side_inputs: Number) ->
         moved = Stats(**{**flat, "logp": flat["logp"] * scale})
         value, found = coefficients(loss, masked_stats(moved, layout.mask), batch)
         assert found.logp is not None
+        check_pattern(loss, found.logp, moved, batch, wait=True)
         return value, found.logp
 
     (value, c), (moved_value, moved_c) = at(1.0), at(1.0 + ulp)

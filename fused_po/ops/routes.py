@@ -153,8 +153,9 @@ class Route:
         products = product_rows * sizes.hidden * wide
         needs_accumulator = parts or sizes.drops or (fused and sizes.compute == torch.float16)
         own, returned = sizes.accumulator, sizes.returned
-        # dW is not returned before the last chunk has added to it; the rest of its room is left for what fragments
-        room = scratch + (returned * 2 // 3 if own else 0)
+        # dW is not returned before the last chunk has added to it, and chunks are gone by then, but not the tiles that
+        # wait for their coefficients, which autograd holds; the rest of its room is left for what fragments
+        room = scratch + (returned * 2 // 3 if own and fused else 0)
         whole = fit(room - max(flight, products), full)
         alone = min(fit(scratch + own + returned - flight, row), fit(scratch + own - products, full))
         alone = whole if needs_accumulator else alone

@@ -18,8 +18,8 @@ from fused_po.splits import Split
 from fused_po.study.policy import Language, Sample, sample, token_logp
 from fused_po.study.settings import Settings
 from fused_po.study.task import Prompt, reward
+from fused_po.trainers.batches import AnswerBatch
 from fused_po.trainers.model import hidden_and_head
-from fused_po.trainers.preferences import AnswerBatch
 
 __all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "alignments", "pair_examples", "supervise"]
 

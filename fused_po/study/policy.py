@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_po.study.task import ALPHABET, Prompt
+from fused_po.trainers.batches import AnswerBatch, pad_answers
 from fused_po.trainers.model import token_stats_of
-from fused_po.trainers.preferences import AnswerBatch, pad_answers
 
 __all__ = ["Language", "Sample", "new_model", "sample", "tiny_tokenizer", "token_logp"]
 

@@ -103,6 +103,8 @@ def _load(settings: Settings, seed: int) -> tuple[Language, Any]:
         from fused_po.trainers.loading import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(settings.model, [])
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {settings.model!r} has no end-of-sequence token")
         model = load_model(settings.model, tokenizer, seed)
     return Language(tokenizer), model.to(settings.device)
 

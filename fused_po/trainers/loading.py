@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["add_adapter", "load_model", "load_tokenizer", "save_model"]
+__all__ = ["add_adapter", "load_model", "load_tokenizer"]
 
 TINY_VOCAB = 8192
 _TEMPLATE = (
@@ -24,13 +23,10 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
     """A tokenizer by folder or id; for ``tiny``, byte-level BPE trained on the texts.
 
     Raises:
-        ValueError: not found, or without an end-of-sequence token.
+        ValueError: not found.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    # the run has a progress bar of its own
-    logging.disable_progress_bar()
     if name == "tiny":
         return _train_tokenizer(texts)
     _check_folder(name)
@@ -38,15 +34,14 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer for {name!r}: {_shortened(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(name: str, tokenizer: Any, seed: int) -> Any:
-    """A causal language model in float32; for ``tiny``, a random Llama of 6 million parameters.
+    """A causal language model in float32, with the adapter that a folder holds merged into it; for ``tiny``, a random
+    Llama of 6 million parameters.
 
     Raises:
         ValueError: not found.
@@ -56,6 +51,10 @@ def load_model(name: str, tokenizer: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     if name != "tiny":
         try:
+            if (Path(name) / "adapter_config.json").is_file():
+                from peft import AutoPeftModelForCausalLM
+
+                return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
             return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ValueError(f"no model for {name!r}: {_shortened(error)}") from None
@@ -83,13 +82,6 @@ def add_adapter(model: Any, rank: int, seed: int) -> Any:
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save for ``from_pretrained``, an adapter merged into its model."""
-    merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    merged.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
 
 
 def _train_tokenizer(texts: Iterable[str]) -> Any:

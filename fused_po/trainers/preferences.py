@@ -1,204 +1,352 @@
-"""Preference pairs: read from JSONL, tokenized, padded to batches."""
+"""``PreferenceTrainer``: transformers' ``Trainer`` on any of our losses."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import datasets
 import torch
-from torch import Tensor
+from accelerate.data_loader import SeedableRandomSampler
+from datasets.fingerprint import Hasher
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
+from fused_po.losses import Loss
+from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
+from fused_po.ops import LossOutput, linear_loss, linear_token_stats
 from fused_po.ops.checks import IGNORE
+from fused_po.splits import Split, check_split
+from fused_po.trainers.averages import Averages, weighed_metrics
+from fused_po.trainers.batches import collate, mismatched
+from fused_po.trainers.model import take_apart
 
-__all__ = [
-    "AnswerBatch",
-    "PreferenceError",
-    "Preferences",
-    "TokenPair",
-    "collate",
-    "mismatched",
-    "pad_answers",
-]
+__all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
 
-_KEYS = ("prompt", "chosen", "rejected")
-
-
-class PreferenceError(ValueError):
-    """A file of preferences that can't be used; the message names file and line."""
+# what answers with signs and a reference make
+_KNOWN = frozenset({"ref_logp", "old_logp", "advantage", "desirable", "kl"})
+_OF_REFERENCE = frozenset({"ref_logp", "old_logp", "kl"})
+_INPUTS = ("input_ids", "attention_mask")
 
 
-@dataclass(frozen=True)
-class TokenPair:
-    """Token ids of a prompt and its two answers."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+def learns_single(loss: Loss) -> bool:
+    """Whether a loss learns answers one by one; else it takes pairs."""
+    return all(part.needs & {"desirable", "advantage"} for _, part in loss.parts)
 
 
-@dataclass(frozen=True)
-class AnswerBatch:
-    """Prompts with answers, padded on the right; of pairs the first half is chosen, the second rejected.
+def check_trainable(loss: Loss) -> None:
+    """Whether preferences hold all that a loss reads.
 
-    Attributes:
-        input_ids: (B, S) int64.
-        attention_mask: (B, S) int64.
-        labels: (B, S - 1) int64, shifted: position t holds the token that t predicts; -100 on prompts and padding.
+    Raises:
+        ValueError: they do not.
+    """
+    missing = (loss.needs & SIDE_INPUTS) - OPTIONAL - _KNOWN
+    if missing:
+        raise ValueError(f"loss {loss.name!r} can't be trained from pairs: it needs {', '.join(sorted(missing))}")
+
+
+class PreferenceTrainer(Trainer):
+    """transformers' ``Trainer`` on a loss of ours: everything but the loss is the engine's.
+
+    Normalisers count the loss tokens and answers of all ranks and accumulation steps. Metrics are averaged over steps
+    and ranks by the tokens or answers that they are means of. Checkpoints are written aside and renamed, so that an
+    interrupted one is never taken for a whole one.
+
+    Args:
+        model: a causal language model, wrapped by PEFT or not.
+        args: of the engine.
+        train_dataset, eval_dataset: ``load_preferences(...).rows``; of the training rows only those that ``max_steps``
+            will reach get reference log-probs.
+        loss: from ``fused_po.losses.create``. Losses on single answers take the answers of a pair as desirable and
+            undesirable, policy losses as advantages of +1 and -1 with the reference as the old policy. KTO's reference
+            point is the mean log-ratio of each prompt with the answers of the next row that asks something else.
+        split: scales positive and negative learning; schedules run over ``max_steps``.
+        reference: the reference policy; None: ``model`` as it is now. It is asked once, before training, and what it
+            says is cached by its weights and the rows. A loss that reads no reference asks none.
+        options: of ``Trainer``.
+
+    Raises:
+        ValueError: a loss that preferences can't train, rows or a split that do not suit it, no parameter to train,
+            several GPUs in one process.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    # of transformers 5; older ones ask model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True
 
-    def to(self, device: torch.device) -> AnswerBatch:
-        return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        loss: Loss,
+        split: Split | None = None,
+        reference: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        check_trainable(loss)
+        check_split(None if split is None else split.at(0.0), loss)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("no parameter of the model is trained: all are frozen")
+        self.loss, self.split, self._aside = loss, split, False
+        self._train, self._eval = Averages(), Averages()
+        self._eval_totals: Tensor | None = None
+        self._steps = 0
+        self._pad: int = getattr(options.get("processing_class"), "pad_token_id", None) or 0
+        options = {"data_collator": lambda rows: collate(rows, self._pad), **options}
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
+        self.model_accepts_loss_kwargs = True
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs in one process: start with accelerate launch, or set CUDA_VISIBLE_DEVICES")
+        count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        self._ordered = train_dataset is not None and 0 < count < len(train_dataset) and self._at_random
+        if self._ordered:
+            train_dataset = train_dataset.select(list(self._sampler(train_dataset))[:count])
+        self._reference = reference
+        self.train_dataset = None if train_dataset is None else self._prepared(train_dataset)
+        self.eval_dataset = None if eval_dataset is None else self._prepared(eval_dataset)
 
+    # rows and their order
 
-@dataclass(frozen=True)
-class Preferences:
-    """Tokenized pairs.
+    @property
+    def _at_random(self) -> bool:
+        by_length = getattr(self.args, "group_by_length", False)
+        return getattr(self.args, "train_sampling_strategy", "random") == "random" and not by_length
 
-    Attributes:
-        pairs: in the order of the file.
-        counts: what was noticed: ``truncated``, ``empty`` answers, ``identical`` answers.
-    """
+    def _sampler(self, rows: Any) -> SeedableRandomSampler:
+        """Every epoch in an order of its own, which the seed decides and the number of steps does not."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeedableRandomSampler(rows, data_seed=seed, generator=torch.Generator())
 
-    pairs: list[TokenPair]
-    counts: Counter[str] = field(default_factory=Counter)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._ordered:
+            return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
+        return self._sampler(self.train_dataset) if self._at_random else super()._get_train_sampler()
 
-    @staticmethod
-    def texts(path: Path) -> list[dict[str, Any]]:
-        """The rows of a JSONL file with ``prompt``, ``chosen``, ``rejected``: strings, or lists of chat messages.
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = [
+            *("ids", "starts", "signs", "tokens", "ref"),
+            *("other_ids", "other_starts", "other_ref"),
+        ]
 
-        Raises:
-            PreferenceError: no such file, no row, a line that is not JSON, a missing key, or a value of another type.
-        """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PreferenceError(f"{path}: can't be read ({error})") from None
-        rows = [_row(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not rows:
-            raise PreferenceError(f"{path}: holds no pair")
-        return rows
+    def _prepared(self, rows: Any) -> Any:
+        """Rows with what the loss reads of the reference."""
+        if isinstance(rows, Mapping):
+            return {name: self._prepared(one) for name, one in rows.items()}
+        if not len(rows):
+            raise ValueError("no rows to train on, or to evaluate")
+        paired = len(rows[0]["ids"]) == 2
+        if getattr(self, "_paired", paired) != paired:
+            raise ValueError("rows to train on and to evaluate must both be pairs, or both single answers")
+        self._paired = paired
+        if not paired and not learns_single(self.loss):
+            raise ValueError(f"loss {self.loss.name!r} takes pairs: got single answers")
+        if not self.loss.needs & _OF_REFERENCE or "ref" in rows.column_names:
+            return rows
+        if self.state.global_step:
+            raise ValueError("the reference log-probs of further rows must be made before training")
+        model: Any = self._reference or self.model
+        world = self.args.world_size
+        key = [_content(model), rows._fingerprint, self.args.bf16, self.args.fp16, "kl" in self.loss.needs, world]
+        pieces: dict[int, Any] = {}
+        training, place = model.training, next(model.parameters()).device
+        model.to(self.args.device).eval()
+        # each rank makes its own piece, then reads those of the others from the cache
+        for rank in sorted(range(world), key=lambda rank: rank != self.args.process_index):
+            piece = rows.shard(num_shards=world, index=rank, contiguous=True)
+            first = rank * (len(rows) // world) + min(rank, len(rows) % world)
+            pieces[rank] = piece.map(
+                lambda columns, indices, first=first: self._referred(model, rows, columns, first + indices[0]),
+                batched=True,
+                batch_size=self.args.train_batch_size,
+                with_indices=True,
+                new_fingerprint=Hasher.hash([*key, rank]),
+                desc="reference",
+            )
+            if rank == self.args.process_index:
+                self.accelerator.wait_for_everyone()
+        model.to(place).train(training)
+        return datasets.concatenate_datasets([pieces[rank] for rank in range(world)])
 
-    @staticmethod
-    def read(path: Path, tokenizer: Any, max_length: int, on_too_long: str) -> Preferences:
-        """Read and tokenize a file.
+    def _referred(self, model: nn.Module, rows: Any, columns: Mapping[str, Any], first: int) -> dict[str, Any]:
+        """Columns with the reference's log-probs of each answer's tokens, and KTO's mismatched answers."""
+        part = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if "kl" in self.loss.needs:
+            part = [row | mismatched(row, rows, first + index) for index, row in enumerate(part)]
+        for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
+            batch = self._prepare_inputs(collate(part, self._pad, prefix))
+            logp = self._logp(model, batch, prefix).float().cpu()
+            answers = [
+                one[mask].tolist() for one, mask in zip(logp, batch[f"{prefix}targets"].cpu() != IGNORE, strict=True)
+            ]
+            for index, row in enumerate(part):
+                row[f"{prefix}ref"] = answers[index :: len(part)]
+        return {name: [row[name] for row in part] for name in part[0]}
+
+    # the loss
+
+    def _logp(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+        """Log-probs of the targets, (B, S - 1), 0 where ignored, without a gradient."""
+        inputs: dict[str, Any] = {name: batch[prefix + name] for name in _INPUTS}
+        targets = batch[f"{prefix}targets"]
+        with torch.no_grad(), self.accelerator.autocast():
+            hidden, head, _ = take_apart(model, **inputs)
+            return cast(Tensor, linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
+
+    def loss_output(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        totals: Tensor | None = None,
+        split: Split | None = None,
+        side: Mapping[str, Any] | None = None,
+    ) -> LossOutput:
+        """The loss of a batch.
 
         Args:
-            path: JSONL.
-            tokenizer: from transformers; chat messages need its chat template.
-            max_length: bound on prompt and answer together, in tokens.
-            on_too_long: ``"truncate"`` cuts the prompt on the left to half of ``max_length``, then the answer on the
-                right; ``"refuse"`` raises.
-
-        Raises:
-            PreferenceError: see ``texts``; a pair that is too long; chat messages without a template.
+            totals: (3,) as ``get_batch_samples`` counts them: the loss is the batch's share of one over these; None:
+                its own.
+            side: side inputs; None: made here.
         """
-        found = Preferences([])
-        for number, row in enumerate(Preferences.texts(path), 1):
-            found._add(_tokenize(row, tokenizer, f"{path}: pair {number}"), max_length, on_too_long, path, number)
-            found.counts["identical"] += row["chosen"] == row["rejected"]
-            found.counts["empty"] += sum(not row[side] for side in ("chosen", "rejected"))
-        return found
+        side = dict(self.side_inputs(model, batch) if side is None else side)
+        if totals is not None:
+            side |= {"num_items": totals[0], "num_sequences": totals[1]}
+            side |= {"num_chosen_items": totals[2]} if self._paired else {}
+        with self.accelerator.autocast():
+            inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS}
+            hidden, head, _ = take_apart(model, **inputs)
+            options = {"split": split, **head.options, **side}
+            return linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options)
 
-    def _add(self, pair: TokenPair, max_length: int, on_too_long: str, path: Path, number: int) -> None:
-        longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        if longest > max_length:
-            if on_too_long == "refuse":
-                raise PreferenceError(f"{path}: pair {number} has {longest} tokens, more than {max_length}")
-            self.counts["truncated"] += 1
-            prompt = pair.prompt
-            room = max_length - max(len(pair.chosen), len(pair.rejected))
-            keep = max(room, max_length // 2)
-            prompt = prompt[-keep:] if len(prompt) > keep else prompt
-            rest = max_length - len(prompt)
-            pair = TokenPair(prompt, pair.chosen[:rest], pair.rejected[:rest])
-        self.pairs.append(pair)
+    def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the loss reads beside the policy's own statistics."""
+        side: dict[str, Any] = {"advantage": batch["signs"].float(), "desirable": batch["signs"] > 0}
+        side |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
+        if "kl" in self.loss.needs:
+            ratio = (self._logp(model, batch, "other_").double() - batch["other_ref_logp"]).sum(1)  # (B,)
+            total, count = self.accelerator.reduce(torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]), "sum")
+            side["kl"] = (total / count).clamp_min(0)
+        return {name: value for name, value in side.items() if name in self.loss.needs}
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of a step, and the loss tokens, answers and tokens of chosen answers in them, of all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._steps += 1
+        counted = sum((_counts((batch["targets"] != IGNORE).sum(1)) for batch in batches), torch.zeros(3))
+        return batches, self.accelerator.reduce(counted.to(device), "sum")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        split = None if self.split is None else self.split.at(self.state.global_step / max(1, self.state.max_steps))
+        out = self.loss_output(model, inputs, num_items_in_batch, split)
+        self._train.add(weighed_metrics(inputs, out, self._paired))
+        # engines average gradients over ranks; the shares of the ranks are to be summed
+        loss = out.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        return (loss, out) if return_outputs else loss
+
+    # evaluation and what is logged
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        state, sides = self.accelerator.gradient_state, 2 if self._paired else 1
+        size = real = len(inputs["signs"]) // sides
+        if state.end_of_dataloader and state.remainder > 0:
+            # the last batch of each rank is filled with rows that were there before
+            real = min(max(state.remainder - self.args.process_index * size, 0), size)
+        if 0 < real < size:
+            kept = torch.cat([torch.arange(real) + side * size for side in range(sides)]).to(inputs["signs"].device)
+            inputs = {name: value[kept] for name, value in inputs.items()}
+        with torch.no_grad():
+            out = self.loss_output(model, inputs, self._eval_totals)
+        if real:
+            self._eval.add(weighed_metrics(inputs, out, self._paired))
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        counted = torch.tensor(dataloader.dataset["tokens"]).T.reshape(-1)
+        self._eval_totals = _counts(counted).to(self.args.device)
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        found = self._eval.take(self.accelerator)
+        cast(Any, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        given = None if eval_dataset is None or isinstance(eval_dataset, str) else self._prepared(eval_dataset)
+        return super().evaluate(eval_dataset if given is None else given, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            # older engines round the loss
+            logs |= self._train.take(self.accelerator, self._steps)
+            self._steps = 0
+            loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                step = self.state.global_step
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; a lower learning rate?")
+        super().log(logs, *args, **kwargs)
+
+    # checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, ".incomplete") if self._aside else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        whole, state = Path(self._get_output_dir(trial)), self.state
+        name = f"checkpoint-{state.global_step}"
+        self._aside = True
+        aside = Path(self._get_output_dir(trial))
+        try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if state.best_model_checkpoint is not None:
+                state.best_model_checkpoint = str(whole / Path(state.best_model_checkpoint).name)
+                state.save_to_json(str(aside / name / "trainer_state.json"))
+            shutil.rmtree(whole / name, ignore_errors=True)
+            os.replace(aside / name, whole / name)
+            shutil.rmtree(aside, ignore_errors=True)
+            self._rotate(whole)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints beyond ``save_total_limit``, never the best one."""
+        limit = self.args.save_total_limit
+        found = sorted(folder.glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+        for old in found[:-limit] if limit and limit > 0 else []:
+            if str(old) != self.state.best_model_checkpoint:
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def collate(pairs: Sequence[TokenPair], pad: int) -> AnswerBatch:
-    """Pad pairs to a batch: chosen answers first, then the rejected ones in the same order."""
-    return pad_answers([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs], pad)
+def _counts(tokens: Tensor) -> Tensor:
+    """Loss tokens, answers, and loss tokens of the first half: (B,) -> (3,)."""
+    return torch.stack([tokens.sum(), tokens.new_tensor(len(tokens)), tokens[: len(tokens) // 2].sum()]).float()
 
 
-def pad_answers(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> AnswerBatch:
-    """Pad prompts with an answer each, token ids, on the right."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for row, (prompt, answer) in enumerate(rows):
-        length = len(prompt) + len(answer)
-        input_ids[row, :length] = torch.tensor(prompt + answer)
-        mask[row, :length] = 1
-        targets[row, len(prompt) : length] = input_ids[row, len(prompt) : length]
-    return AnswerBatch(input_ids, mask, targets[:, 1:].contiguous())
-
-
-def mismatched(pairs: Sequence[TokenPair]) -> list[TokenPair]:
-    """Each prompt with the answers of the next pair: what KTO estimates its reference point from."""
-    answers = [*pairs[1:], pairs[0]]
-    return [TokenPair(p.prompt, a.chosen, a.rejected) for p, a in zip(pairs, answers, strict=True)]
-
-
-def _row(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PreferenceError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise PreferenceError(f"{where}: an object is wanted, got {type(row).__name__}")
-    missing = [key for key in _KEYS if key not in row]
-    if missing:
-        raise PreferenceError(f"{where}: no {', '.join(missing)}")
-    kinds = {_kind(row[key]) for key in _KEYS}
-    if len(kinds) != 1 or None in kinds:
-        raise PreferenceError(
-            f"{where}: prompt, chosen and rejected must be strings, or lists of chat messages, all three"
-        )
-    return row
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-    return "messages" if messages else None
-
-
-def _tokenize(row: dict[str, Any], tokenizer: Any, where: str) -> TokenPair:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        start = tokenizer(prompt)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        # a tokenizer may end what it encodes; the answer comes behind that
-        start = start[:-1] if end and start[-1:] == end else start
-        pieces = [tokenizer(row[side], add_special_tokens=False)["input_ids"] + end for side in ("chosen", "rejected")]
-    else:
-        if not tokenizer.chat_template:
-            raise PreferenceError(f"{where}: chat messages need a tokenizer with a chat template")
-        start = _encode_chat(tokenizer, prompt, add_generation_prompt=True)
-        pieces = []
-        for side in ("chosen", "rejected"):
-            whole = _encode_chat(tokenizer, prompt + row[side], add_generation_prompt=False)
-            if whole[: len(start)] != start:
-                raise PreferenceError(
-                    f"{where}: the chat template does not begin a conversation as it begins its prompt"
-                )
-            pieces.append(whole[len(start) :])
-    if not start:
-        # the first token of an answer has nothing to be predicted from
-        start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    return TokenPair(start, *pieces)
-
-
-def _encode_chat(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def _content(model: nn.Module) -> str:
+    """A digest of what a model computes: its classes, config and weights."""
+    digest = hashlib.sha256(f"{model}{getattr(model, 'config', '')}{torch.__version__}".encode())
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

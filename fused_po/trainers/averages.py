@@ -1,0 +1,71 @@
+"""Metrics of a training run: weighed, and averaged over steps and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_po.ops import LossOutput
+from fused_po.ops.checks import IGNORE
+
+__all__ = ["Averages", "weighed_metrics"]
+
+_PER_TOKEN = ("entropy", "kl", "mean_token_accuracy")
+# normalised by all of a step, so that micro-batches report shares
+_SHARES = ("loss", "nll_loss", "policy_loss")
+
+
+def weighed_metrics(batch: Mapping[str, Tensor], out: LossOutput, paired: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """The loss and what it reports, each with the number of tokens or answers that it is a mean of.
+
+    Of pairs whose loss logs no rewards of its own, ``rewards/accuracies`` and ``rewards/margins`` are those of the
+    log-ratios to the reference.
+    """
+    found = {"loss": out.loss, **out.metrics}
+    if paired and "ref_logp" in batch and "rewards/margins" not in found and out.stats.logp is not None:
+        chosen, rejected = (out.stats.logp.double() - batch["ref_logp"]).sum(1).chunk(2)
+        found["rewards/accuracies"] = (chosen > rejected).double().mean()
+        found["rewards/margins"] = (chosen - rejected).mean()
+    tokens = (batch["targets"] != IGNORE).sum(1).double()  # (B,)
+    chosen_ones = batch["signs"] > 0
+    sides = {"chosen": chosen_ones, "rejected": ~chosen_ones, "accuracy": chosen_ones}
+    weighed = {}
+    for name, value in found.items():
+        per_token = name.startswith(("logits/", "clip_ratio/")) or name in _PER_TOKEN
+        size = tokens if per_token else torch.ones_like(tokens)
+        members = sides.get(name.replace("_", "/").split("/")[-1])
+        weighed[name] = (value, size.sum() if members is None else size[members].sum())
+        if name in _SHARES:
+            weighed[name] = (value, torch.ones(()))
+    return weighed
+
+
+class Averages:
+    """Weighted means over steps and ranks, without a wait for the device until they are taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (value, weight) in values.items():
+            weight = weight.to(value.device, torch.float64)
+            # a mean over nothing may be NaN
+            pair = torch.stack([torch.where(weight > 0, value.detach().double() * weight, 0.0), weight])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def take(self, accelerator: Any, steps: int = 1) -> dict[str, float]:
+        """The means over the last ``steps``, those over nothing left out."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums, weights = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").T.tolist()
+        self._sums = {}
+        per_step = [steps if name in _SHARES else weight for name, weight in zip(names, weights, strict=True)]
+        found = {name: total / size for name, total, size in zip(names, sums, per_step, strict=True) if size}
+        if {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= set(found):
+            # of single answers the sides need not be as many
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
