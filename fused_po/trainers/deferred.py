@@ -198,7 +198,8 @@ class DeferredLogits(Unmade):
         found = stats_of(rows, labels.reshape(-1).contiguous(), OUTPUTS).present()
         stats = {name: value.reshape(labels.shape) for name, value in found.items()}
         if self.now is None:
-            self.known.update({name: stats[name] for name in KEPT}, ignored=labels == IGNORE)
+            kept = {name: stats[name] for name in KEPT} | {"ignored": labels == IGNORE}
+            self.known.update({name: value.reshape(self.shape[:-1]) for name, value in kept.items()})
         # a copy: trainers write into log-probs
         return {name: value.clone() for name, value in stats.items()}
 

@@ -141,8 +141,12 @@ class Unmade:
             view: the same of logits; None: it is the same.
         """
         hidden = change(self.hidden)
+        if self.shared is None and not _share(hidden, self.hidden):
+            # logits that were just made have no gaps
+            self.hidden = self.hidden.contiguous()
+            hidden = change(self.hidden)
         known = {name: change(value) for name, value in self.known.items()}
-        if hidden.untyped_storage().data_ptr() != self.hidden.untyped_storage().data_ptr():
+        if not _share(hidden, self.hidden):
             return self.copied(hidden=hidden, known=known)
         if self.shared is None:
             self.shared = Shared(self.copied())
@@ -206,6 +210,10 @@ class Shared:
 def made(value: Any) -> Any:
     """What is given, with logits that are there."""
     return pytree.tree_map(lambda leaf: leaf.made() if _is_unmade(leaf) else leaf, value, is_leaf=_is_unmade)
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _is_unmade(value: Any) -> bool:

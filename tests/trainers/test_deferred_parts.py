@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_po.trainers.deferred import DeferredLogits
+from fused_po.trainers.trl import older
 from tests.trainers.test_deferred import HIDDEN, LABELS, LAYER, put_off
 
 
@@ -33,6 +34,11 @@ def _all_then_part(z: Any) -> torch.Tensor:
     part = z[:, :-1]
     z.div_(0.25)
     return _log_probs(part, LABELS[:, :-1])
+
+
+def _flat_then_all(z: Any) -> torch.Tensor:
+    z.view(-1, 11).mul_(4.0)
+    return _log_probs(z)
 
 
 def _beside(z: Any) -> torch.Tensor:
@@ -75,11 +81,13 @@ def _copies(z: Any) -> torch.Tensor:
     return torch.cat([one.reshape(-1, 11).logsumexp(-1) + one.reshape(-1, 11)[:, 3] for one in found])
 
 
-@pytest.mark.parametrize(
-    "change", [_part_then_all, _all_then_part, _beside, _looked_at, _some_classes, _whole_later, _chunks, _copies]
-)
-def test_views_share_what_is_written(change):
-    found, want = _both(change)
+WRITTEN = (_part_then_all, _all_then_part, _flat_then_all, _beside, _looked_at, _some_classes)
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, torch.randn(2, 7, 16)[:, 1:-1]], ids=["whole", "some positions"])
+@pytest.mark.parametrize("change", [*WRITTEN, _whole_later, _chunks, _copies])
+def test_views_share_what_is_written(change, hidden):
+    found, want = _both(change, hidden)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
@@ -131,6 +139,13 @@ def test_what_is_known_of_rows_follows_them(part):
     torch.testing.assert_close(found, want)
 
 
+def test_labels_of_another_shape():
+    logits = put_off(HIDDEN)
+    found = logits.logp(LABELS.flatten())
+    torch.testing.assert_close(found, _log_probs(LAYER(HIDDEN)).flatten())
+    torch.testing.assert_close(logits[:, 1:].mean(-1), LAYER(HIDDEN)[:, 1:].mean(-1))
+
+
 def test_ignored_rows_are_not_known():
     labels = LABELS.clone()
     labels[:, :3] = -100
@@ -144,6 +159,18 @@ def test_ignored_rows_are_not_known():
     flat = put_off(HIDDEN).view(-1, 11)
     nn.functional.cross_entropy(flat, labels.view(-1))
     torch.testing.assert_close(flat.mean(), want.mean())
+
+
+def test_rows_that_trl_masks_are_not_known():
+    logits, mask = put_off(HIDDEN), LABELS > 4
+    function = older._FUNCTIONS["selective_log_softmax_and_entropy"](None)
+    with torch.no_grad():
+        logp, entropy = function(logits, LABELS, row_mask=mask)
+        want = LAYER(HIDDEN)
+        truth = -(want.softmax(-1) * want.log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(logp, _log_probs(want) * mask)
+        torch.testing.assert_close(entropy, truth * mask)
+        torch.testing.assert_close(logits.entropy(), truth)
 
 
 def test_entropies_are_those_of_the_logits_as_they_are():
