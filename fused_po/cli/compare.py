@@ -121,7 +121,7 @@ class Comparison:
         for parameter, gradient in zip(_trained(model), fused, strict=True):
             parameter.grad = gradient
         self.rows.append({**row, "fused_seconds": fused_time, "plain_seconds": plain_time, "agrees": float(agrees)})
-        return torch.tensor(fused_loss)
+        return torch.tensor(fused_loss, device=self.device)
 
     @property
     def agrees(self) -> bool:

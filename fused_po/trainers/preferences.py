@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import datasets
 import torch
+import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+import fused_po
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.ops import LossOutput, linear_loss, linear_token_stats
@@ -92,7 +94,7 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         check_trainable(loss)
         check_split(None if split is None else split.at(0.0), loss)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not _trained(model):
             raise ValueError("no parameter of the model is trained: all are frozen")
         self.loss, self.split, self._aside = loss, split, False
         self._train, self._eval = Averages(), Averages()
@@ -100,6 +102,8 @@ class PreferenceTrainer(Trainer):
         self._steps = 0
         self._pad: int = getattr(options.get("processing_class"), "pad_token_id", None) or 0
         options = {"data_collator": lambda rows: collate(rows, self._pad), **options}
+        # accelerate rebuilds the sampler by data_seed alone, or else by torch's global seed
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = True
         if args.n_gpu > 1:
@@ -121,8 +125,7 @@ class PreferenceTrainer(Trainer):
 
     def _sampler(self, rows: Any) -> SeedableRandomSampler:
         """Every epoch in an order of its own, which the seed decides and the number of steps does not."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeedableRandomSampler(rows, data_seed=seed, generator=torch.Generator())
+        return SeedableRandomSampler(rows, data_seed=self.args.data_seed, generator=torch.Generator())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._ordered:
@@ -238,8 +241,9 @@ class PreferenceTrainer(Trainer):
         """The batches of a step, and the loss tokens, answers and tokens of chosen answers in them, of all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._steps += 1
-        counted = sum((_counts((batch["targets"] != IGNORE).sum(1)) for batch in batches), torch.zeros(3))
-        return batches, self.accelerator.reduce(counted.to(device), "sum")
+        # engines that load on several workers may still hold batches on the CPU
+        found = (_counts((batch["targets"] != IGNORE).sum(1)).to(device) for batch in batches)
+        return batches, self.accelerator.reduce(sum(found, torch.zeros(3, device=device)), "sum")
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -294,6 +298,10 @@ class PreferenceTrainer(Trainer):
             logs |= self._train.take(self.accelerator, self._steps)
             self._steps = 0
             loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+            if self.accelerator.scaler is not None and not math.isfinite(norm):
+                # the scaler of float16 skips such a step and halves its scale
+                norm = 0.0
+                del logs["grad_norm"]
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 step = self.state.global_step
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; a lower learning rate?")
@@ -306,6 +314,7 @@ class PreferenceTrainer(Trainer):
         return os.path.join(folder, ".incomplete") if self._aside else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        self._check_finite()
         whole, state = Path(self._get_output_dir(trial)), self.state
         name = f"checkpoint-{state.global_step}"
         self._aside = True
@@ -328,6 +337,14 @@ class PreferenceTrainer(Trainer):
             self._rotate(whole)
         self.accelerator.wait_for_everyone()
 
+    def _check_finite(self) -> None:
+        """Stop before weights that are no numbers replace a good checkpoint; on all ranks where one has them."""
+        model: Any = self.model
+        local = [getattr(parameter, "to_local", lambda one=parameter: one)() for parameter in _trained(model)]
+        wrong = sum((~one.detach().isfinite().all() for one in local), torch.zeros((), device=self.args.device))
+        if self.accelerator.reduce(wrong, "sum") > 0:
+            raise FloatingPointError(f"step {self.state.global_step}: weights are no numbers; a lower learning rate?")
+
     def _rotate(self, folder: Path) -> None:
         """Delete the oldest checkpoints beyond ``save_total_limit``, never the best one."""
         limit = self.args.save_total_limit
@@ -342,9 +359,18 @@ def _counts(tokens: Tensor) -> Tensor:
     return torch.stack([tokens.sum(), tokens.new_tensor(len(tokens)), tokens[: len(tokens) // 2].sum()]).float()
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _content(model: nn.Module) -> str:
-    """A digest of what a model computes: its classes, config and weights."""
-    digest = hashlib.sha256(f"{model}{getattr(model, 'config', '')}{torch.__version__}".encode())
+    """A digest of what a model computes: its classes, config, adapters and weights, and by which versions."""
+    versions = [fused_po.__version__, torch.__version__, transformers.__version__]
+    digest = hashlib.sha256(f"{model}{getattr(model, 'config', '')}{versions}".encode())
+    for name, module in model.named_modules():
+        # an adapter's scale and whether it is on are neither in the config nor in the weights
+        adapter = [getattr(module, one, None) for one in ("scaling", "active_adapters", "merged_adapters")]
+        digest.update(f"{name}{adapter}{getattr(module, 'disable_adapters', None)}".encode())
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(name.encode())

@@ -1,0 +1,106 @@
+"""``PreferenceTrainer``: devices, the order of rows, stale references, and weights that are no numbers."""
+
+from __future__ import annotations
+
+import math
+import os
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+
+from fused_po import losses
+from fused_po.cli.compare import Comparison
+from fused_po.trainers.preferences import PreferenceTrainer
+from tests.test_preference_trainer import model_of, references, saved_rows, trainer_of
+
+__all__ = ["saved_rows"]
+
+
+def test_batches_that_lie_on_a_device_are_counted_there(tmp_path):
+    """As an engine hands them over that moved them already; another device than the CPU needs no GPU."""
+    trainer = trainer_of(tmp_path, losses.create("simpo"))
+    targets = torch.zeros(4, 3, dtype=torch.int64, device="meta")
+    _, counted = trainer.get_batch_samples(iter([{"targets": targets}] * 2), 2, targets.device)
+    assert counted.device.type == "meta" and counted.shape == (3,)
+
+
+def test_a_compared_step_returns_its_loss_on_the_device():
+    model = torch.nn.Linear(2, 1)
+
+    def step(model):
+        loss = model.weight.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    comparison = Comparison(step, step, torch.device("cpu"))
+    comparison.memory = {"fused": [0, 0], "plain": [0, 0]}
+    with torch.device("cpu"):
+        comparison.step(model, 1, lambda: (0.0, 0.0))
+    comparison.device = torch.device("meta")
+    assert comparison.step(model, 2, lambda: (0.0, 0.0)).device.type == "meta"
+
+
+def test_the_order_of_rows_is_that_of_the_seed(tmp_path):
+    """Whatever torch's global seed is when training begins."""
+    seen = []
+    for seed in (1, 2):
+        trainer = trainer_of(tmp_path, losses.create("sft", paired=True), max_steps=9)
+        torch.manual_seed(seed)
+        seen.append([batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()])
+    assert seen[0] == seen[1]
+    other = trainer_of(tmp_path, losses.create("sft", paired=True), max_steps=9, seed=5)
+    assert [batch["input_ids"].tolist() for batch in other.get_train_dataloader()] != seen[0]
+
+
+@pytest.mark.parametrize("change", ["alpha", "disabled"])
+def test_an_adapter_of_another_scale_is_another_reference(tmp_path, saved_rows, monkeypatch, change):
+    asked = references(monkeypatch)
+
+    def adapted(alpha=4):
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        model = model_of()
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, config)
+
+    found = []
+    for changed in (False, False, True):
+        model = adapted(8 if changed and change == "alpha" else 4)
+        if changed and change == "disabled":
+            model.base_model.disable_adapter_layers()
+        model.requires_grad_(True)
+        trainer = trainer_of(tmp_path, losses.create("sigmoid"), saved_rows, model=model)
+        found.append(list(trainer.train_dataset["ref"]))
+    assert sum(asked) == 2 * 2 * 8
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_step_that_the_scaler_of_float16_skips_goes_on(tmp_path):
+    trainer = trainer_of(tmp_path, losses.create("simpo"))
+    with pytest.raises(FloatingPointError, match="gradient norm inf"):
+        trainer.log({"loss": 1.0, "grad_norm": math.inf})
+    trainer.accelerator.scaler = SimpleNamespace()
+    trainer.log({"loss": 1.0, "grad_norm": math.inf})
+    (logged,) = trainer.state.log_history
+    assert logged["loss"] == 1.0 and "grad_norm" not in logged
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        trainer.log({"loss": math.nan, "grad_norm": 1.0})
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, monkeypatch):
+    """Though nothing is logged that would show it."""
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3, "logging_steps": 100}
+    trainer = trainer_of(tmp_path, losses.create("sft", paired=True), **options)
+    before = PreferenceTrainer.training_step
+
+    def broken(self, model, *given, **named):
+        loss = before(self, model, *given, **named)
+        if self.state.global_step == 1:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", broken)
+    with pytest.raises(FloatingPointError, match="step 2: weights are no numbers"):
+        trainer.train()
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
