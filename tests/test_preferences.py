@@ -328,3 +328,19 @@ def test_batches_shift_and_mask():
     assert batch["targets"].tolist() == [[ignored, 7, 8], [3, ignored, ignored], [ignored, 9, ignored], [ignored] * 3]
     assert batch["ref_logp"].tolist() == [[0, -1, -2], [-4, 0, 0], [0, -3, 0], [0, 0, 0]]
     assert batch["signs"].tolist() == [1, 1, -1, -1]
+
+
+def test_a_hub_id_may_hold_dots(monkeypatch, tokenizer):
+    """Only what ends as a file of data does is one that is not there."""
+    asked: list[str] = []
+
+    def load(name: str, **options: Any) -> datasets.Dataset:
+        asked.append(name)
+        return table([ROW])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(load_preferences("allenai/llama-3.1-tulu-3-8b", tokenizer).rows) == 1
+    for name in ("none.jsonl", "none.csv.gz", "./none"):
+        with pytest.raises(PreferenceError, match="no such file or folder"):
+            load_preferences(name, tokenizer)
+    assert asked == ["allenai/llama-3.1-tulu-3-8b"]

@@ -202,6 +202,7 @@ def test_flags_of_a_file_stand_before_those_of_the_command_line(tmp_path):
         "True",
     ]
     assert found == ["train", *flags, "--config", str(path), "--steps", "4"]
+    assert with_config(["train", f"--config={path}"])[1:-1] == flags
     path.write_text("- a list")
     with pytest.raises(ValueError, match="a mapping of flags is wanted, got list"):
         with_config(["train", "--config", str(path)])
@@ -240,7 +241,8 @@ def test_a_real_interrupt_of_the_program(data, tmp_path):
     run = subprocess.Popen([sys.executable, "-m", "fused_po", *arguments], stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+        log = output / "metrics.jsonl"
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
             time.sleep(0.2)
         time.sleep(1.0)
         run.send_signal(signal.SIGINT)
@@ -320,6 +322,10 @@ def test_a_model_whose_head_does_more_is_refused(data, tmp_path, capsys, monkeyp
         (["--learning-rte", "1"], "unknown arguments: --learning-rte 1"),
         (["--compare", "--gradient-accumulation-steps", "2"], "--compare takes one process"),
         (["--compare", "--dtype", "bfloat16"], "--compare needs --dtype float32"),
+        (["--compare", "--bf16"], "--compare needs float32"),
+        (["--learning_rate=0.5"], "--learning-rate is not taken: give --lr"),
+        (["--output-dir", "x"], "--output-dir is not taken: give --output"),
+        (["--resume-from-checkpoint", "x"], "--resume-from-checkpoint is not taken: give --resume"),
         (["--max-length", "3", "--on-too-long", "refuse"], "row 1: 22 tokens, more than 3"),
     ],
 )

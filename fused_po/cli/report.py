@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-__all__ = ["Report", "plot"]
+__all__ = ["Report", "plot", "read_log"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 # of the engine, not of the model
@@ -92,14 +92,33 @@ class Report(TrainerCallback):
         self._bar.stop()
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut off is left out, and so is a file that is not there.
+
+    Raises:
+        ValueError: another line is no row.
+    """
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{log}: line {number} is not JSON") from None
+    return rows
+
+
 def plot(log: Path, image: Path, title: str) -> None:
-    """Draw loss, reward accuracy and margin over the steps of a metrics.jsonl, training and held-out."""
+    """Draw loss, reward accuracy and margin over the steps of a metrics.jsonl, training and held-out, if it has any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows = read_log(log)
+    if not rows:
+        return
     figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
     for axis, (name, label) in zip(axes, _PANELS.items(), strict=True):
         for split, style in (("train", "-"), ("eval", "o-")):

@@ -23,6 +23,17 @@ _FIXED = (
     *("model", "data", "loss", "beta", "loss_arg", "split", "split_arg", "batch_size", "lr", "seed", "lora"),
     *("max_length", "on_too_long", "dtype"),
 )
+# flags of the engine that say what one of ours says
+_OURS = {
+    "--output-dir": "--output",
+    "--max-steps": "--steps",
+    "--per-device-train-batch-size": "--batch-size",
+    "--learning-rate": "--lr",
+    "--eval-steps": "--eval-every",
+    "--save-steps": "--save-every",
+    "--resume-from-checkpoint": "--resume",
+    "--use-cpu": "--device cpu",
+}
 _EPILOG = """\
 Losses on pairs (sigmoid, ipo, simpo, ...) take a pair as it is; those on single answers (kto, bco, ...) take its two
 answers as desirable and undesirable, or files with completion and label; sft learns the chosen answer; policy losses
@@ -58,7 +69,7 @@ def add_parser(commands: Any) -> None:
         default="truncate",
         help="cut longer rows on the right, or stop",
     )
-    add("--streaming", action="store_true", help="read only as many rows as the steps take")
+    add("--streaming", action="store_true", help="read only as many rows of --data as the steps take")
     add("--num-proc", type=positive(int), metavar="N", help="processes that tokenize")
     add("--eval-every", type=positive(int), default=20, metavar="N", help="steps between evaluations, default 20")
     add("--save-every", type=positive(int), default=50, metavar="N", help="steps between checkpoints, default 50")
@@ -73,11 +84,13 @@ def add_parser(commands: Any) -> None:
 
 def with_config(argv: Sequence[str]) -> list[str]:
     """The command line with the flags of its ``--config`` file in front."""
-    if "--config" not in argv[:-1] or argv[0] != "train":
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None or argv[0] != "train":
         return list(argv)
     import yaml
 
-    path = argv[argv.index("--config") + 1]
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -135,7 +148,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from fused_po import losses, splits
-    from fused_po.cli.report import Report, plot
+    from fused_po.cli.report import Report, plot, read_log
     from fused_po.trainers import loading
     from fused_po.trainers.data import load_preferences, texts
     from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single
@@ -157,6 +170,8 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--split {arguments.split}: expected one of {', '.join(sorted(presets))}")
         split = _called(presets[arguments.split], "--split", _pairs("--split-arg", arguments.split_arg))
     rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    if arguments.streaming and rows <= 0:
+        raise ValueError("--streaming wants --steps: it reads as many rows as they take")
     stream = rows if arguments.streaming else None
     files = [one for one in (arguments.data, arguments.eval_data) if one is not None]
     tokenizer = loading.load_tokenizer(arguments.model, texts(files[0], stream))
@@ -166,11 +181,16 @@ def _train(arguments: argparse.Namespace) -> int:
     options |= {"max_length": limit, "vocabulary": model.get_input_embeddings().weight.shape[0]}
     # the others read what it cached
     with args.main_process_first():
-        data = [load_preferences(one, tokenizer, rows=stream, **options) for one in files]
+        data = [
+            load_preferences(one, tokenizer, rows=None if number else stream, **options)
+            for number, one in enumerate(files)
+        ]
     model = loading.add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
     checkpoint = _checkpoint(arguments, args.max_steps) if arguments.resume else None
     kind: Any = PreferenceTrainer
     if arguments.compare:
+        if args.bf16 or args.fp16:
+            raise ValueError("--compare needs float32: neither --bf16 nor --fp16")
         if args.world_size > 1 or args.gradient_accumulation_steps > 1 or split is not None:
             raise ValueError("--compare takes one process, --gradient-accumulation-steps 1 and no --split")
         from fused_po.cli.compare import ComparedTrainer as kind
@@ -196,18 +216,18 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if tokenizer.eos_token is None:
         report.console.print("the tokenizer has no end token: answers end where their text does")
-    if args.should_save and checkpoint is None:
-        (output / "settings.json").write_text(json.dumps(_settings(arguments), indent=2) + "\n", encoding="utf-8")
-    elif args.should_save and checkpoint is not None:
-        step = int(checkpoint.rpartition("-")[2])
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if args.should_save:
+        if checkpoint is None:
+            (output / "settings.json").write_text(json.dumps(_settings(arguments), indent=2) + "\n", encoding="utf-8")
+        step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        kept = [row for row in read_log(log) if row["step"] <= step]
+        log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
     with report:
         trainer.train(resume_from_checkpoint=checkpoint)
-    if args.should_save:
-        plot(log, output / "metrics.png", loss.name)
     if report.interrupted and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
+        if args.should_save:
+            plot(log, output / "metrics.png", loss.name)
         report.console.print(f"stopped after step {step}: the same command with --resume continues")
         return INTERRUPTED
     code = trainer.report(output, report.console) if arguments.compare else 0
@@ -215,7 +235,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if hasattr(inner, "merge_and_unload") and not trainer.is_fsdp_enabled:
         trainer.model = inner.merge_and_unload()
     trainer.save_model(str(output / "model"))
-    report.console.print(f"wrote {output}/metrics.jsonl, metrics.png and model/")
+    if args.should_save:
+        plot(log, output / "metrics.png", loss.name)
+    drawn = ", metrics.png" if (output / "metrics.png").exists() else ""
+    report.console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
     return code
 
 
@@ -235,8 +258,13 @@ def _engine(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if kind.index:
         raise ValueError(f"--device {device}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
+    for one in arguments.rest:
+        flag = one.partition("=")[0].replace("_", "-")
+        if flag in _OURS:
+            raise ValueError(f"{flag} is not taken: give {_OURS[flag]}")
     by_epochs = any(one.replace("_", "-").startswith("--num-train-epochs") for one in arguments.rest)
     steps = arguments.steps or (-1 if by_epochs else 60)
+    begun = arguments.resume and any(arguments.output.glob("checkpoint-*"))
     kind_of: Any = TrainingArguments
     parser = HfArgumentParser(kind_of, prog="fused-po train", usage="see --help", allow_abbrev=False)
     parser.set_defaults(
@@ -256,7 +284,7 @@ def _engine(arguments: argparse.Namespace) -> Any:
         report_to="none",
         eval_strategy="no" if arguments.eval_data is None else "steps",
         eval_steps=arguments.eval_every,
-        eval_on_start=arguments.eval_data is not None and not arguments.resume,
+        eval_on_start=arguments.eval_data is not None and not begun,
         save_steps=arguments.save_every,
         save_total_limit=1,
     )
@@ -294,18 +322,16 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return found | ({"data": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {})
 
 
-def _checkpoint(arguments: argparse.Namespace, steps: int) -> str:
-    """The last checkpoint of the run that ``--resume`` continues.
+def _checkpoint(arguments: argparse.Namespace, steps: int) -> str | None:
+    """The last checkpoint of the run that ``--resume`` continues; None: it ended before the first one.
 
     Raises:
-        ValueError: there is none, it can't be read, holds all steps, or belongs to a run with other arguments.
+        ValueError: it can't be read, holds all steps, or belongs to a run with other arguments.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
     output: Path = arguments.output
     found = get_last_checkpoint(str(output))
-    if found is None:
-        raise ValueError(f"nothing to resume: {output} holds no checkpoint")
     before, now = json.loads((output / "settings.json").read_text(encoding="utf-8")), _settings(arguments)
     for name in before:
         if name == "data" and now[name] != before[name]:
@@ -313,6 +339,8 @@ def _checkpoint(arguments: argparse.Namespace, steps: int) -> str:
         if now[name] != before[name]:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with another --{flag}: {now[name]}, the run began with {before[name]}")
+    if found is None:
+        return None
     step = int(found.rpartition("-")[2])
     if step >= steps > 0:
         raise ValueError(f"nothing to resume: {output} holds all {steps} steps; more --steps continue it")

@@ -38,6 +38,8 @@ from fused_po.trainers.rows import (
 
 __all__ = ["PreferenceError", "Preferences", "load_preferences", "texts"]
 
+# a hub id may hold dots too
+_FILES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".txt")
 _LISTS = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
 _NUMBERS = datasets.Sequence(datasets.Value("int32"))
 _FEATURES = datasets.Features(
@@ -267,7 +269,7 @@ def _read(source: str, rows: int | None) -> Any:
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
-        elif not path.exists() and (kind or source.startswith((".", "/", "~"))):
+        elif not path.exists() and (kind in _FILES or source.startswith((".", "/", "~"))):
             raise FileNotFoundError("no such file or folder")
         else:
             name, _, other = source.partition(":")

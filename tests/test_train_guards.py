@@ -1,0 +1,72 @@
+"""``fused-po train``: runs that log nothing, crash early or tear their log; streaming beside held-out rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fused_po.cli import main
+from fused_po.cli.report import read_log
+from fused_po.trainers.preferences import PreferenceTrainer
+from tests.test_train import command, data, model, rows, weights
+
+__all__ = ["data", "model"]
+
+
+def test_a_run_that_logs_nothing_keeps_its_model(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(command(data, output, "--logging-steps", "100")) == 0
+    assert weights(output) and rows(output) == []
+    assert not (output / "metrics.png").exists() and "metrics.png" not in capsys.readouterr().out
+
+
+def test_a_crash_before_the_first_checkpoint_can_be_resumed(data, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["--eval-data", str(data)]
+    assert main(command(data, whole, *more)) == 0
+    before = PreferenceTrainer.training_step
+
+    def crash(self, *given, **named):
+        if self.state.global_step == 2:
+            raise MemoryError
+        return before(self, *given, **named)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", crash)
+    with pytest.raises(MemoryError):
+        main(command(data, broken, *more))
+    monkeypatch.undo()
+    assert main(command(data, broken, *more, "--resume", "--loss", "hinge")) == 2
+    assert "--resume with another --loss" in capsys.readouterr().err
+    assert main(command(data, broken, *more, "--resume")) == 0
+    assert rows(broken) == rows(whole)
+    assert rows(broken, "eval") == rows(whole, "eval")
+    ours, theirs = weights(broken), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_torn_last_line_of_the_log_is_left_out(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    log = output / "metrics.jsonl"
+    assert main([*command(data, output), "--steps", "2"]) == 0
+    kept = rows(output)
+    with log.open("a") as file:
+        file.write('{"step": 3, "spl')
+    assert read_log(log) == kept
+    assert main(command(data, output, "--resume")) == 0
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4] and rows(output)[:2] == kept
+    log.write_text("torn\n" + json.dumps(kept[0]) + "\n")
+    assert main([*command(data, output, "--resume"), "--steps", "5"]) == 2
+    assert "line 1 is not JSON" in capsys.readouterr().err
+
+
+def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys):
+    more = ["--eval-data", str(data), "--streaming", "--batch-size", "1"]
+    assert main([*command(data, tmp_path / "out", *more), "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "pairs.jsonl: 2 rows" in said and "pairs.jsonl: 6 rows" in said
+    given = [*command(data, tmp_path / "no", *more), "--num-train-epochs", "1"]
+    place = given.index("--steps")
+    assert main([*given[:place], *given[place + 2 :]]) == 2
+    assert "--streaming wants --steps" in capsys.readouterr().err
