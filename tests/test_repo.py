@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "ledger": {"torch", "triton", "prices"},
     "trainers": {
         *("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "axolotl"),
-        *("stats", "losses", "splits", "ops"),
+        # its version, which cached references are kept by
+        *("stats", "losses", "splits", "ops", "fused_po"),
     },
     "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
     # a peer is imported by name, where it is installed
