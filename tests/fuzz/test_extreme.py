@@ -46,7 +46,7 @@ def test_another_clamp_is_found(monkeypatch):
 def test_a_slope_that_is_lost_is_found(monkeypatch):
     """A log-ratio that is constant beyond 1e3 already."""
     monkeypatch.setattr(pairwise, "difference", lambda a, b: terms.difference(a, b, 1e3))
-    assert wrong(range(60), "ipo")
+    assert wrong(range(60), "sppo_hard")
 
 
 def test_a_nan_is_found(monkeypatch):
