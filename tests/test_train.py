@@ -267,7 +267,7 @@ def test_resume_refuses_another_run(data, tmp_path, capsys):
     before = data.read_text()
     data.write_text("".join(reversed(before.splitlines(keepends=True))))
     assert main(command(data, output, "--resume")) == 2
-    assert "the contents of the file have changed" in capsys.readouterr().err
+    assert "its contents have changed" in capsys.readouterr().err
     data.write_text(before)
     state = output / "checkpoint-4" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:1000])

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 
+from fused_po.cli import compare as comparing
 from fused_po.cli import main
 from fused_po.cli.report import read_log
 from fused_po.trainers.preferences import PreferenceTrainer
@@ -70,3 +72,50 @@ def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys)
     place = given.index("--steps")
     assert main([*given[:place], *given[place + 2 :]]) == 2
     assert "--streaming wants --steps" in capsys.readouterr().err
+
+
+def test_a_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    """A step that disagreed before an interrupt still does after it."""
+    output = tmp_path / "out"
+    before = comparing._gradients
+    calls = []
+
+    def off(model):
+        calls.append(model)
+        found = before(model)
+        return [g * 1.001 for g in found] if len(calls) == 2 else found
+
+    monkeypatch.setattr(comparing, "_gradients", off)
+    assert main([*command(data, output, "--compare"), "--steps", "2"]) == 1
+    monkeypatch.undo()
+    # as an interrupt leaves it
+    (output / "compare.json").unlink()
+    assert main(command(data, output, "--compare", "--resume")) == 1
+    found = json.loads((output / "compare.json").read_text())
+    assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4] and found["disagreeing_steps"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--gradient-accumulation-steps", "2"], "--gradient-accumulation-steps: 2, the run began with 1"),
+        (["--data-seed", "7"], "--data-seed: 7, the run began with 0"),
+        (["--streaming"], "--streaming: True, the run began with False"),
+    ],
+)
+def test_resume_refuses_another_order_of_rows(data, tmp_path, capsys, change, message):
+    output = tmp_path / "out"
+    assert main([*command(data, output), "--steps", "1"]) == 0
+    assert main(command(data, output, "--resume", *change)) == 2
+    assert f"--resume with another {message}" in capsys.readouterr().err
+
+
+def test_resume_compares_the_files_of_a_folder(data, tmp_path, capsys):
+    folder, output = tmp_path / "rows", tmp_path / "out"
+    Dataset.from_list([json.loads(line) for line in data.read_text().splitlines()]).save_to_disk(str(folder))
+    assert main([*command(folder, output, "--loss", "simpo"), "--steps", "1"]) == 0
+    assert main([*command(folder, output, "--loss", "simpo", "--resume"), "--steps", "2"]) == 0
+    (file,) = folder.glob("data-*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"red", b"tan"))
+    assert main([*command(folder, output, "--loss", "simpo", "--resume"), "--steps", "3"]) == 2
+    assert "its contents have changed" in capsys.readouterr().err

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
 from fused_po import LossOutput
+from fused_po.cli.report import read_log
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.ops.plain import plain_loss, rounding
 from fused_po.trainers.averages import weighed_metrics
@@ -35,7 +36,7 @@ LEAST_LOSS = 1e-3
 
 
 class ComparedTrainer(PreferenceTrainer):
-    """Takes every step through full logits too; on one process."""
+    """Takes every step through full logits too, and writes what differed to compare.jsonl; on one process."""
 
     comparison: Comparison | None = None
 
@@ -56,11 +57,18 @@ class ComparedTrainer(PreferenceTrainer):
             value.backward()
             return value.detach()
 
-        self.comparison = self.comparison or Comparison(fused, plain, self.args.device)
+        log = Path(cast(str, self.args.output_dir)) / "compare.jsonl"
+        if self.comparison is None:
+            # a run that is continued answers for the steps before, too
+            kept = [row for row in read_log(log) if row["step"] <= self.state.global_step]
+            log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+            self.comparison = Comparison(fused, plain, self.args.device, rows=kept)
         self.comparison.fused, self.comparison.plain = fused, plain
         loss = self.comparison.step(
             model, self.state.global_step + 1, lambda: rounding(outputs[0].stats, batch["targets"], self.loss, **side)
         )
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.comparison.rows[-1]) + "\n")
         self._train.add(weighed_metrics(batch, outputs[0], self._paired))
         return loss
 

@@ -93,7 +93,7 @@ class Report(TrainerCallback):
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out, and so is a file that is not there.
+    """The rows of a log; a last line that a crash cut off is left out, and so is a file that is not there.
 
     Raises:
         ValueError: another line is no row.

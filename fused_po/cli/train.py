@@ -21,8 +21,9 @@ _DATA = Path(__file__).parents[1] / "data"
 # what must not change between a run and its continuation
 _FIXED = (
     *("model", "data", "loss", "beta", "loss_arg", "split", "split_arg", "batch_size", "lr", "seed", "lora"),
-    *("max_length", "on_too_long", "dtype"),
+    *("max_length", "on_too_long", "dtype", "streaming"),
 )
+_FIXED_OF_ENGINE = ("gradient_accumulation_steps", "world_size", "data_seed")
 # flags of the engine that say what one of ours says
 _OURS = {
     "--output-dir": "--output",
@@ -186,7 +187,7 @@ def _train(arguments: argparse.Namespace) -> int:
             for number, one in enumerate(files)
         ]
     model = loading.add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
-    checkpoint = _checkpoint(arguments, args.max_steps) if arguments.resume else None
+    checkpoint = _checkpoint(arguments, args) if arguments.resume else None
     kind: Any = PreferenceTrainer
     if arguments.compare:
         if args.bf16 or args.fp16:
@@ -218,7 +219,8 @@ def _train(arguments: argparse.Namespace) -> int:
         report.console.print("the tokenizer has no end token: answers end where their text does")
     if args.should_save:
         if checkpoint is None:
-            (output / "settings.json").write_text(json.dumps(_settings(arguments), indent=2) + "\n", encoding="utf-8")
+            settings = json.dumps(_settings(arguments, args), indent=2)
+            (output / "settings.json").write_text(settings + "\n", encoding="utf-8")
         step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
         kept = [row for row in read_log(log) if row["step"] <= step]
         log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
@@ -315,14 +317,29 @@ def _called(make: Any, flag: str, given: dict[str, Any]) -> Any:
         raise ValueError(f"{flag}: {error}") from None
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a continuation must have in common; a file counts by its contents."""
+def _settings(arguments: argparse.Namespace, args: Any) -> dict[str, Any]:
+    """What a continuation must have in common; a file and a folder count by their contents."""
     found = {name: getattr(arguments, name) for name in _FIXED}
-    path = Path(found["data"])
-    return found | ({"data": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {})
+    found |= {name: getattr(args, name) for name in _FIXED_OF_ENGINE}
+    found["data_seed"] = args.seed if args.data_seed is None else args.data_seed
+    if arguments.streaming:
+        # as many rows as they take are read, and put in order
+        found["steps"] = args.max_steps
+    path = Path(found["data"]).expanduser()
+    if path.exists():
+        digest = hashlib.sha256()
+        for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            # datasets keeps its caches beside the rows
+            if one.is_file() and (one is path or not one.name.startswith(("cache-", "."))):
+                digest.update(b"" if one is path else one.relative_to(path).as_posix().encode())
+                with one.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        found["data"] = digest.hexdigest()
+    return found
 
 
-def _checkpoint(arguments: argparse.Namespace, steps: int) -> str | None:
+def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     """The last checkpoint of the run that ``--resume`` continues; None: it ended before the first one.
 
     Raises:
@@ -332,13 +349,14 @@ def _checkpoint(arguments: argparse.Namespace, steps: int) -> str | None:
 
     output: Path = arguments.output
     found = get_last_checkpoint(str(output))
-    before, now = json.loads((output / "settings.json").read_text(encoding="utf-8")), _settings(arguments)
+    before, now = json.loads((output / "settings.json").read_text(encoding="utf-8")), _settings(arguments, args)
     for name in before:
         if name == "data" and now[name] != before[name]:
-            raise ValueError("--resume with other --data: the contents of the file have changed")
-        if now[name] != before[name]:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--resume with another --{flag}: {now[name]}, the run began with {before[name]}")
+            raise ValueError("--resume with other --data: its contents have changed")
+        if now.get(name) != before[name]:
+            flag = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume with another {flag}: {now.get(name)}, the run began with {before[name]}")
+    steps = args.max_steps
     if found is None:
         return None
     step = int(found.rpartition("-")[2])
