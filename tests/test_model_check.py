@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, 
 from fused_po import take_apart
 from fused_po.trainers.model import hidden_and_head, run_apart, token_stats_of
 from fused_po.trainers.seam import deferred
+from tests.test_model import Sly
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 # more tokens than the check looks at
@@ -25,16 +26,6 @@ pytestmark = pytest.mark.filterwarnings("error:.*logits")
 def tiny(kind: Any = LlamaForCausalLM) -> Any:
     torch.manual_seed(0)
     return kind(LlamaConfig(vocab_size=40, num_key_value_heads=2, **SIZES)).eval()
-
-
-class Sly(LlamaForCausalLM):
-    """Does to real logits what it leaves undone here."""
-
-    def forward(self, *args, **kwargs):
-        found = super().forward(*args, **kwargs)
-        if isinstance(found.logits, torch.Tensor):
-            found.logits = found.logits + 1.0 * torch.arange(40)
-        return found
 
 
 def own_log_probs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,8 @@ def test_compare_agrees(data, tmp_path, loss):
     assert found["peak_memory_bytes"]["fused"] < found["peak_memory_bytes"]["plain"]
 
 
-def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsys):
-    """A fused gradient that is off by a thousandth is found out."""
+def put_one_gradient_off(monkeypatch) -> None:
+    """The fused gradient of the first step is off by a thousandth."""
     before = comparing._gradients
     calls = []
 
@@ -113,6 +113,11 @@ def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsy
         return [g * 1.001 for g in found] if len(calls) == 2 else found
 
     monkeypatch.setattr(comparing, "_gradients", off)
+
+
+def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsys):
+    """A fused gradient that is off by a thousandth is found out."""
+    put_one_gradient_off(monkeypatch)
     assert main(command(data, tmp_path / "out", "--compare")) == 1
     assert "disagree" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["disagreeing_steps"] == [1]

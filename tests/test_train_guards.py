@@ -8,11 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fused_po.cli import compare as comparing
 from fused_po.cli import main
 from fused_po.cli.report import read_log
 from fused_po.trainers.preferences import PreferenceTrainer
-from tests.test_train import command, data, model, rows, weights
+from tests.test_train import command, data, model, put_one_gradient_off, rows, weights
 
 __all__ = ["data", "model"]
 
@@ -77,15 +76,7 @@ def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys)
 def test_a_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
     """A step that disagreed before an interrupt still does after it."""
     output = tmp_path / "out"
-    before = comparing._gradients
-    calls = []
-
-    def off(model):
-        calls.append(model)
-        found = before(model)
-        return [g * 1.001 for g in found] if len(calls) == 2 else found
-
-    monkeypatch.setattr(comparing, "_gradients", off)
+    put_one_gradient_off(monkeypatch)
     assert main([*command(data, output, "--compare"), "--steps", "2"]) == 1
     monkeypatch.undo()
     # as an interrupt leaves it

@@ -151,7 +151,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from fused_po import losses, splits
     from fused_po.cli.report import Report, plot, read_log
     from fused_po.trainers import loading
-    from fused_po.trainers.data import load_preferences, texts
+    from fused_po.trainers.data import counted, load_preferences, texts
     from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single
 
     args, output = _engine(arguments), Path(arguments.output)
@@ -211,7 +211,7 @@ def _train(arguments: argparse.Namespace) -> int:
     trainer.add_callback(report)
     for name, found in zip(files, data, strict=True):
         noticed = [f"read as {found.layout}"] * bool(found.layout)
-        noticed += [f"{count} {reason}" for reason, count in sorted(found.counts.items())]
+        noticed += [counted(found.counts)] * bool(found.counts)
         report.console.print(
             f"{Path(name).name}: {len(found.rows)} rows" + (f" ({', '.join(noticed)})" if noticed else "")
         )

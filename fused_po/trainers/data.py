@@ -36,7 +36,7 @@ from fused_po.trainers.rows import (
     shortened,
 )
 
-__all__ = ["PreferenceError", "Preferences", "load_preferences", "texts"]
+__all__ = ["PreferenceError", "Preferences", "counted", "load_preferences", "texts"]
 
 # a hub id may hold dots too
 _FILES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".txt")
@@ -117,7 +117,7 @@ def load_preferences(
     if any(name.startswith("dropped") for name in counts):
         encoded = encoded.select([index for index, one in enumerate(notes) if not one.startswith("dropped")])
     if not len(encoded):
-        raise PreferenceError(f"{source}: holds no pair that can be learned ({_counted(counts) or 'all lines blank'})")
+        raise PreferenceError(f"{source}: holds no pair that can be learned ({counted(counts) or 'all lines blank'})")
     return Preferences(encoded.remove_columns("notes"), counts, layout)
 
 
@@ -280,5 +280,6 @@ def _read(source: str, rows: int | None) -> Any:
         raise PreferenceError(f"{source}: can't be read ({shortened(error.__cause__ or error)})") from None
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def counted(counts: Mapping[str, int]) -> str:
+    """Rows by reason, in words; empty without any."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
