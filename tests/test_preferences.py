@@ -325,7 +325,7 @@ def test_batches_shift_and_mask():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
     ignored = -100
-    assert batch["targets"].tolist() == [[ignored, 7, 8], [3, ignored, ignored], [ignored, 9, ignored], [ignored] * 3]
+    assert batch["labels"].tolist() == [[ignored, 7, 8], [3, ignored, ignored], [ignored, 9, ignored], [ignored] * 3]
     assert batch["ref_logp"].tolist() == [[0, -1, -2], [-4, 0, 0], [0, -3, 0], [0, 0, 0]]
     assert batch["signs"].tolist() == [1, 1, -1, -1]
 

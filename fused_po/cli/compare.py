@@ -53,7 +53,7 @@ class ComparedTrainer(PreferenceTrainer):
         def plain(model: nn.Module) -> Tensor:
             given = {name: batch[name] for name in ("input_ids", "attention_mask")}
             # what the model returns has its own softcap and scale applied
-            value = plain_loss(model(**given, use_cache=False).logits[:, :-1], batch["targets"], self.loss, **side)
+            value = plain_loss(model(**given, use_cache=False).logits[:, :-1], batch["labels"], self.loss, **side)
             value.backward()
             return value.detach()
 
@@ -65,7 +65,7 @@ class ComparedTrainer(PreferenceTrainer):
             self.comparison = Comparison(fused, plain, self.args.device, rows=kept)
         self.comparison.fused, self.comparison.plain = fused, plain
         loss = self.comparison.step(
-            model, self.state.global_step + 1, lambda: rounding(outputs[0].stats, batch["targets"], self.loss, **side)
+            model, self.state.global_step + 1, lambda: rounding(outputs[0].stats, batch["labels"], self.loss, **side)
         )
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.comparison.rows[-1]) + "\n")
