@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench.rows import RowCase, RowProblem
+from bench.targets import UNREADABLE
 from fused_po.bench.accuracy import allowed, errors, rejected
 from fused_po.bench.measure import Call, interleaved, summary
 from fused_po.bench.runner import run_cases
@@ -174,7 +175,9 @@ def write(paths: list[Path], target: Path) -> None:
         + "\n }"
         for key, entry in existing.items()
     )
-    target.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+    text = f"{{\n{rows}\n}}\n"
+    configs.checked(text)
+    target.write_text(text, encoding="utf-8")
     print(f"{name}: {found or 'the default stays'}")
 
 
@@ -190,8 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         try:
             write(options.write, configs.TABLE)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"not written: {error}", file=sys.stderr)
+        except UNREADABLE as error:
+            print(f"not written: {error}" if type(error) is ValueError else f"not written: {error!r}", file=sys.stderr)
             return 2
         return 0
     return run_cases(

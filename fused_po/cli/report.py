@@ -102,10 +102,14 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ValueError(f"{log}: line {number} is not JSON") from None
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{log}: line {number} holds no step")
+        rows.append(row)
     return rows
 
 
@@ -122,7 +126,8 @@ def plot(log: Path, image: Path, title: str) -> None:
     figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
     for axis, (name, label) in zip(axes, _PANELS.items(), strict=True):
         for split, style in (("train", "-"), ("eval", "o-")):
-            points = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
+            known = [row for row in rows if row.get("split") == split and isinstance(row.get(name), float | int)]
+            points = [(row["step"], row[name]) for row in known]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label="held-out" if split == "eval" else split)
         axis.set_xlabel("step")

@@ -349,7 +349,7 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
 
     output: Path = arguments.output
     found = get_last_checkpoint(str(output))
-    before, now = json.loads((output / "settings.json").read_text(encoding="utf-8")), _settings(arguments, args)
+    before, now = _begun_with(output / "settings.json"), _settings(arguments, args)
     for name in before:
         if name == "data" and now[name] != before[name]:
             raise ValueError("--resume with other --data: its contents have changed")
@@ -365,4 +365,14 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     for path in Path(found).iterdir():
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} can't be read: it is not whole")
+    return found
+
+
+def _begun_with(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} can't be read: it is not what a run writes")
     return found

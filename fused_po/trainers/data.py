@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +94,10 @@ def load_preferences(
         PreferenceError: what can't be read or used.
     """
     raw = _read(source, rows)
-    first = next((row for n, one in enumerate(raw, 1) if (row := row_of(one, f"{source}: row {n}")) is not None), None)
+    first = next(
+        (row for n, one in _numbered(raw, source) if (row := row_of(one, f"{source}: row {n}")) is not None),
+        None,
+    )
     if first is None:
         raise PreferenceError(f"{source}: holds no pair")
     layout = layout_of(first)
@@ -101,17 +105,20 @@ def load_preferences(
     if "completion" in converted and not single:
         raise PreferenceError(f"{source}: holds single answers (completion, label), the loss takes pairs")
     chat = any(isinstance(converted.get(key), list) for key in KEYS)
-    encoder = _Encoder(tokenizer, source, layout, chat, single, max_length, on_too_long == "refuse", vocabulary)
-    encoded = raw.map(
-        encoder,
-        batched=True,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        features=_FEATURES,
-        num_proc=num_proc if num_proc and num_proc > 1 else None,
-        new_fingerprint=Hasher.hash([raw._fingerprint, encoder.key]),
-        desc=f"tokenizing {Path(source).name}",
-    )
+    refuse, paired = on_too_long == "refuse", "completion" not in converted
+    encoder = _Encoder(tokenizer, source, layout, chat, single, max_length, refuse, vocabulary, paired)
+    # of errors of any kind, those of our own are not hidden
+    with _reading(source, (ValueError, RuntimeError, OSError)):
+        encoded = raw.map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            remove_columns=raw.column_names,
+            features=_FEATURES,
+            num_proc=num_proc if num_proc and num_proc > 1 else None,
+            new_fingerprint=Hasher.hash([raw._fingerprint, encoder.key]),
+            desc=f"tokenizing {Path(source).name}",
+        )
     notes = encoded["notes"]
     counts = Counter(note for one in notes if one for note in one.split("; "))
     if any(name.startswith("dropped") for name in counts):
@@ -124,7 +131,7 @@ def load_preferences(
 def texts(source: str, rows: int | None = None) -> Iterator[str]:
     """All texts of a source, for a tokenizer that is trained on them."""
     layout = None
-    for number, record in enumerate(_read(source, rows), 1):
+    for number, record in _numbered(_read(source, rows), source):
         where = f"{source}: row {number}"
         if row := row_of(record, where):
             layout = layout_of(row) if layout is None else layout
@@ -132,7 +139,9 @@ def texts(source: str, rows: int | None = None) -> Iterator[str]:
             answers, _ = prompt_and_answers(row, isinstance(row.get("chosen", row.get("completion")), list), where)
             for value in (row["prompt"], *answers):
                 yield from (
-                    (value,) if isinstance(value, str) else (m["content"] or "" for m in plain_messages(value, where))
+                    (value,)
+                    if isinstance(value, str)
+                    else (m.get("content") or "" for m in plain_messages(value, where))
                 )
 
 
@@ -148,6 +157,7 @@ class _Encoder:
     max_length: int
     refuse: bool
     vocabulary: int | None
+    paired: bool
 
     @property
     def key(self) -> list[Any]:
@@ -184,6 +194,9 @@ class _Encoder:
         """The prompt and the prompt with each answer as strings, the sides of the answers, and what is odd."""
         row = converted_row(row, self.layout, bool(self.tokenizer.chat_template), where)
         answers, signs = prompt_and_answers(row, self.chat, where)
+        if (len(answers) == 2) != self.paired:
+            first, here = ("a pair", "a single answer") if self.paired else ("a single answer", "a pair")
+            raise PreferenceError(f"{where}: {here}, where the first row has {first}")
         prompt, odd = row["prompt"], []
         odd += ["identical answers"] if len(answers) == 2 and answers[0] == answers[1] else []
         odd += ["empty answers"] * sum(answer in ("", []) for answer in answers)
@@ -251,7 +264,7 @@ def _read(source: str, rows: int | None) -> Any:
     path, split = Path(source).expanduser(), "train"
     kind = next((s for s in reversed(path.suffixes) if s.lower() not in (".gz", ".zst", ".bz2", ".xz")), "").lower()
     options: dict[str, Any] = {"streaming": rows is not None, "data_files": str(path)}
-    try:
+    with _reading(source):
         if path.is_file() and kind in (".csv", ".tsv"):
             options |= {"sep": "," if kind == ".csv" else "\t", "keep_default_na": False, "encoding": "utf-8-sig"}
             names = datasets.load_dataset("csv", split=split, **{**options, "streaming": True}).take(1).to_list()[0]
@@ -275,9 +288,28 @@ def _read(source: str, rows: int | None) -> Any:
             name, _, other = source.partition(":")
             found = datasets.load_dataset(name, split=other or split, streaming=rows is not None)
         return found if rows is None else datasets.Dataset.from_list(list(found.take(rows)))
-    except Exception as error:
-        # what datasets and its readers raise has no common base
+
+
+@contextmanager
+def _reading(source: str, kinds: Any = Exception) -> Iterator[None]:
+    """What datasets and its readers raise, which has no common base, as a refusal; or errors of some kinds."""
+    try:
+        yield
+    except PreferenceError:
+        raise
+    except kinds as error:
         raise PreferenceError(f"{source}: can't be read ({shortened(error.__cause__ or error)})") from None
+
+
+def _numbered(raw: Any, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows from 1 on. Only where it is taken out of its table a value shows whether it is text."""
+    rows, number = iter(raw), 0
+    while True:
+        with _reading(source):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield (number := number + 1), row
 
 
 def counted(counts: Mapping[str, int]) -> str:

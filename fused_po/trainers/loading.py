@@ -32,7 +32,8 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
     _check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # what readers of a broken file raise has no common base
         raise ValueError(f"no tokenizer for {name!r}: {_shortened(error)}") from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -56,7 +57,7 @@ def load_model(name: str, tokenizer: Any, seed: int) -> Any:
 
                 return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
             return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"no model for {name!r}: {_shortened(error)}") from None
     config = LlamaConfig(
         # as real heads, a multiple of a power of two with unused rows behind the tokens
@@ -104,7 +105,7 @@ def _train_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def _shortened(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300)
+    return textwrap.shorten(str(error) if isinstance(error, OSError | ValueError) else repr(error), 300)
 
 
 def _check_folder(name: str) -> None:

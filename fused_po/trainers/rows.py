@@ -103,7 +103,7 @@ def converted_row(row: dict[str, Any], layout: str, template: bool, where: str) 
             if first.get("role") == "assistant":
                 return {**row, "prompt": [{"role": "user", "content": prompt}]}
             return {key: value for key, value in row.items() if key != "prompt"}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise PreferenceError(
             f"{where}: not as the {layout} rows of this file ({type(error).__name__}: {error})"
         ) from None
@@ -116,8 +116,8 @@ def _turn(one: Mapping[str, str]) -> dict[str, str]:
 
 def prompt_and_answers(row: dict[str, Any], chat: bool, where: str) -> tuple[list[Any], list[int]]:
     """The answers of a row and their sides; where there is no prompt, what the answers begin with alike becomes it."""
-    names: list[str] = [name for name in ("chosen", "rejected") if name in row] or ["completion"]
-    missing = [name for name in (*names, "rejected" if "chosen" in row else names[0]) if row.get(name) is None]
+    names: list[str] = ["chosen", "rejected"] if {"chosen", "rejected"} & row.keys() else ["completion"]
+    missing = [name for name in names if row.get(name) is None]
     if missing or (names == ["completion"] and row.get("prompt") is None):
         wanted = "prompt, chosen, rejected or prompt, completion, label"
         raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}")
@@ -160,6 +160,9 @@ def plain_messages(messages: list[dict[str, Any]], where: str) -> list[dict[str,
             if not all(isinstance(part, str) for part in parts):
                 raise PreferenceError(f"{where}: a message holds something else than text")
             one["content"] = "".join(parts)
+        elif content is not None and not isinstance(content, str):
+            # a template would print it
+            raise PreferenceError(f"{where}: a message holds something else than text")
         found.append(one)
     return found
 
