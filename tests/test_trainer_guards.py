@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import Trainer
 
 from fused_po import losses
-from fused_po.cli.compare import Comparison
 from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.preferences import PreferenceTrainer
 from tests.test_preference_trainer import model_of, rows, trainer_of
@@ -27,22 +26,6 @@ def test_batches_that_lie_on_a_device_are_counted_there(tmp_path):
     labels = torch.zeros(4, 3, dtype=torch.int64, device="meta")
     _, counted = trainer.get_batch_samples(iter([{"labels": labels}] * 2), 2, labels.device)
     assert counted.device.type == "meta" and counted.shape == (3,)
-
-
-def test_a_compared_step_returns_its_loss_on_the_device():
-    model = torch.nn.Linear(2, 1)
-
-    def step(model):
-        loss = model.weight.square().sum()
-        loss.backward()
-        return loss.detach()
-
-    comparison = Comparison(step, step, torch.device("cpu"))
-    comparison.memory = {"fused": [0, 0], "plain": [0, 0]}
-    with torch.device("cpu"):
-        comparison.step(model, 1, lambda: (0.0, 0.0))
-    comparison.device = torch.device("meta")
-    assert comparison.step(model, 2, lambda: (0.0, 0.0)).device.type == "meta"
 
 
 def test_the_order_of_rows_is_that_of_the_seed(tmp_path):

@@ -12,6 +12,7 @@ beginning, which TRL takes apart at the wrong end, are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from fused_po.trainers.rows import (
     shortened,
 )
 
-__all__ = ["PreferenceError", "Preferences", "counted", "load_preferences", "texts"]
+__all__ = ["PreferenceError", "Preferences", "contents", "counted", "load_preferences", "texts"]
 
 # a hub id may hold dots too
 _FILES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".txt")
@@ -315,3 +316,17 @@ def _numbered(raw: Any, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def counted(counts: Mapping[str, int]) -> str:
     """Rows by reason, in words; empty without any."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def contents(source: str) -> str:
+    """A digest of a file, or of the files of a folder, by which what is made of them is kept; empty for a hub id."""
+    path = Path(source).expanduser()
+    digest = hashlib.sha256()
+    for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        # datasets keeps its caches beside the rows
+        if one.is_file() and (one is path or not one.name.startswith(("cache-", "."))):
+            digest.update(one.relative_to(path).as_posix().encode())
+            with one.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest() if path.exists() else ""

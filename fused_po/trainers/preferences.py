@@ -25,7 +25,7 @@ from fused_po.trainers.batches import collate
 from fused_po.trainers.model import take_apart
 from fused_po.trainers.references import COLUMNS, with_reference
 
-__all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
+__all__ = ["PreferenceTrainer", "check_trainable", "learns_single", "trained"]
 
 # what answers with signs and a reference make
 _KNOWN = frozenset({"ref_logp", "old_logp", "advantage", "desirable", "kl"})
@@ -91,7 +91,7 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         check_trainable(loss)
         check_split(None if split is None else split.at(0.0), loss)
-        if not _trained(model):
+        if not trained(model):
             raise ValueError("no parameter of the model is trained: all are frozen")
         self.loss, self.split, self._reference = loss, split, reference
         self._train, self._eval, self._steps = Averages(), Averages(), 0
@@ -304,7 +304,7 @@ class PreferenceTrainer(Trainer):
     def _check_finite(self) -> None:
         """Stop before weights that are no numbers replace a good checkpoint; on all ranks where one has them."""
         model: Any = self.model
-        local = [getattr(parameter, "to_local", lambda one=parameter: one)() for parameter in _trained(model)]
+        local = [getattr(parameter, "to_local", lambda one=parameter: one)() for parameter in trained(model)]
         wrong = sum((~one.detach().isfinite().all() for one in local), torch.zeros((), device=self.args.device))
         if self.accelerator.reduce(wrong, "sum") > 0:
             raise FloatingPointError(f"step {self.state.global_step}: weights are no numbers; a lower learning rate?")
@@ -323,5 +323,6 @@ def _counts(tokens: Tensor) -> Tensor:
     return torch.stack([tokens.sum(), tokens.new_tensor(len(tokens)), tokens[: len(tokens) // 2].sum()]).float()
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
