@@ -32,7 +32,7 @@ def context() -> ForkServerContext:
 
 
 def python(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What ``python *arguments`` does in a folder: a script, ``-m MODULE`` or ``-c CODE``, with arguments of its own."""
+    """What ``python *arguments`` does in a folder: a script, ``-m MODULE`` or ``-c CODE``, with arguments."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         given = (arguments, cwd, {**os.environ, **environment}, out, err)
@@ -66,7 +66,7 @@ def _program(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, st
 
 
 def on_ranks(function: Callable[..., None], count: int, folder: Path, *arguments: Any) -> None:
-    """Run ``function(rank, *arguments)`` on so many ranks of a process group; what one of them raises is raised here."""
+    """Run ``function(rank, *arguments)`` on so many ranks of a process group; what one raises is raised here."""
     from torch import multiprocessing as spawning
 
     context()
