@@ -165,8 +165,7 @@ class Measure:
             chosen, rejected = (_summed(stats, batch) - reference).chunk(2)
             count, gap = len(chosen), chosen - rejected
             pairs += count
-            given = {"ref_logp": reference}
-            sums["dpo_loss"] += count * stats_loss(stats, batch.labels, loss, **given).loss.item()
+            sums["dpo_loss"] += count * stats_loss(stats, batch.labels, loss, ref_logp=reference).loss.item()
             sums["accuracy"] += ((gap > 0).double() + 0.5 * (gap == 0).double()).sum().item()
             sums["margin"] += self.settings.beta * gap.sum().item()
             assert stats.max_logp is not None

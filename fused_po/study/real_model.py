@@ -97,7 +97,7 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
 def answers(
     model: Any, speaker: Speaker, rows: Sequence[Mapping[str, Any]], *, sampled: bool = True, seed: int = 0
 ) -> list[Answer]:
-    """An answer to the prompt of each row, drawn at temperature 1 or greedily. The global generator is left as it was."""
+    """An answer to the prompt of each row, at temperature 1 or greedily. The global generator is left as it was."""
     tokenizer, device = speaker.tokenizer, next(model.parameters()).device
     how: dict[str, Any] = {"do_sample": False}
     if sampled:

@@ -117,7 +117,7 @@ def _reward_model(name: str, device: str) -> Reward:
     def text(prompt: Any, answer: Any) -> str:
         if isinstance(prompt, str) or not tokenizer.chat_template:
             return words_of(prompt) + words_of(answer)
-        return tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+        return str(tokenizer.apply_chat_template(prompt + answer, tokenize=False))
 
     @torch.no_grad()
     def reward(prompts: Sequence[Any], answers: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> list[float]:

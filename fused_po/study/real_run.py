@@ -1,4 +1,4 @@
-"""The runs of a study on a pretrained model: a folder for each seed, method and arm, which another start goes on with."""
+"""The runs of a study on a pretrained model: a folder for each seed, method and arm, where another start goes on."""
 
 from __future__ import annotations
 

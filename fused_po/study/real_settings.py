@@ -142,8 +142,8 @@ class RealSettings:
             found.append(f"DPO: beta {self.beta:g}, learning rate {self.lr('dpo'):g}, reference: the start")
         if "grpo" in methods:
             found.append(
-                f"GRPO (TRL): clip {self.epsilon:g}, learning rate {self.lr('grpo'):g}, {self.generations} answers to a "
-                f"prompt, {self.iterations} updates on each rollout, reward {self.reward}"
+                f"GRPO (TRL): clip {self.epsilon:g}, learning rate {self.lr('grpo'):g}, {self.generations} answers to "
+                f"a prompt, {self.iterations} updates on each rollout, reward {self.reward}"
             )
         found.append(
             f"measured after {', '.join(map(str, self.due))} updates, on {self.held_out} held-out prompts; G with "

@@ -80,7 +80,7 @@ def train(
     model = load(settings.model, None, settings.lora, seed, tokenizer)
     shared: dict[str, Any] = {"processing_class": tokenizer, "split": split if flat is None else flat}
     if method == "dpo":
-        trainer: Any = _pairs_trainer(flat)(
+        trainer: Any = _pairs_trainer(flat, settings.beta)(
             model,
             _engine(TrainingArguments, settings, seed, method, folder),
             pairs,
@@ -127,9 +127,10 @@ def _engine(kind: Any, settings: RealSettings, seed: int, method: str, folder: P
     )
 
 
-def _pairs_trainer(flat: FlatWeights | None) -> type:
+def _pairs_trainer(flat: FlatWeights | None, beta: float) -> type:
     if flat is None:
         return PreferenceTrainer
+    noted = flat
 
     class Noting(PreferenceTrainer):
         """Tells of the weights of its pairs."""
@@ -142,7 +143,7 @@ def _pairs_trainer(flat: FlatWeights | None) -> type:
                 torch.where(inputs["targets"] >= 0, out.stats.logp - inputs["ref_logp"], 0.0).double().sum(1)
             )  # (B,)
             chosen, rejected = ratio.chunk(2)
-            flat.note(torch.sigmoid(-self.loss.beta * (chosen - rejected)))  # type: ignore[attr-defined]
+            noted.note(torch.sigmoid(-beta * (chosen - rejected)))
             return (loss, out) if return_outputs else loss
 
     return Noting
@@ -198,7 +199,7 @@ def _rollouts_trainer(
 
 
 class _Keeper(TrainerCallback):
-    """Keeps the models that are due, each with what training goes on from until the next one is there; writes the log."""
+    """Keeps the models that are due, and beside the last one what training goes on from; writes the log."""
 
     def __init__(self, folder: Path, due: Sequence[int], flat: FlatWeights | None, say: Say) -> None:
         self._folder, self._due, self._flat, self._say = folder, set(due), flat, say
