@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fused_po.cli import study_real
 from fused_po.cli.arguments import positive
 from fused_po.cli.progress import Watch, watched
 
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("study", help="watch what DPO and PPO do, by the paper's G", epilog=_EPILOG)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="a new or empty folder")
-    add("--seeds", type=positive(int), default=5, help="independent repetitions, for error bars, default 5")
+    add("--seeds", type=positive(int), help="independent repetitions, for error bars, default 5, with --data 3")
     add("--first-seed", type=natural, default=0, metavar="N", help="seeds are N, N + 1, ..., default 0")
     add("--workers", type=positive(int), help="seeds side by side, default a core each; 1 on a GPU")
     add("--quick", action="store_true", help="a small study of half a minute a seed, to see whether it runs")
@@ -48,6 +49,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--noise", type=float, default=argparse.SUPPRESS, metavar="X", help="share of wrong demonstrations, default 0.4"
     )
+    study_real.add_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,10 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
         FloatingPointError: a training that diverges, in every seed.
     """
     with watched("loading torch", total=1.0) as watch:
+        if arguments.data is not None or arguments.pool:
+            return study_real.run(arguments, watch)
         return _studied(arguments, watch)
 
 
 def _studied(arguments: argparse.Namespace, watch: Watch) -> int:
+    arguments.seeds = arguments.seeds or 5
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder")

@@ -1,5 +1,6 @@
-"""G over the checkpoints of a run on a pretrained model: D are its pairs or the checkpoint's own rollouts, D' answers of
-the final model.
+"""G over the checkpoints of a run on a pretrained model.
+
+D are its pairs, or the checkpoint's own rollouts; D' are answers of the final model.
 """
 
 from __future__ import annotations

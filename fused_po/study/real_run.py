@@ -23,7 +23,7 @@ from fused_po.study.run import Point
 from fused_po.trainers import loading
 from fused_po.trainers.data import load_preferences, texts
 
-__all__ = ["RealStudy", "measured", "points_of"]
+__all__ = ["RealStudy", "claim", "measured", "points_of"]
 
 # what is said, and how much of a run is done, in [0, 1]
 Say = Callable[[str, float], None]
@@ -53,6 +53,8 @@ class RealStudy:
         self.pairs = read_pairs(
             settings.data, settings.held_out, settings.eval_data, template=bool(self.tokenizer.chat_template)
         )
+        self._now = {"data": _digest(self.pairs), **settings.decisive()}
+        claim(output / "study.json", self._now, {"version": __version__, "settings": asdict(settings)})
         # the random model is one of a folder, too
         self._start = str(output / "start") if settings.model == "tiny" else settings.model
         start = loading.load_model(settings.model, self.tokenizer, 0)
@@ -72,11 +74,6 @@ class RealStudy:
         self.measure = Measure(settings, speaker, start.eval(), shown, self.pairs.held_out, self.reward, judge)
         self._at_start: dict[int, dict[str, float]] = {}
 
-    @property
-    def data(self) -> str:
-        """A digest of the pairs."""
-        return _digest(self.pairs)
-
     def run(self, seed: int, method: str, arm: str, say: Say) -> None:
         """Train and measure an arm, or what is left of it.
 
@@ -85,8 +82,8 @@ class RealStudy:
             FloatingPointError: the training diverged.
         """
         settings, folder = self.settings, self.output / folder_of(seed, method, arm)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._claim(folder, seed, method, arm)
+        about = {"version": __version__, "settings": asdict(settings)}
+        claim(folder / "run.json", {"seed": seed, "method": method, "arm": arm, **self._now}, about)
         done = {kind: measured(folder, kind) for kind in ("held_out", "G")}
         left = set(settings.due) - done["held_out"]
         g_left = arm == "full" and bool(set(settings.due) - done["G"])
@@ -146,21 +143,6 @@ class RealStudy:
             write_outputs(start, self.measure.baseline(seed), "start")
         return numbers
 
-    def _claim(self, folder: Path, seed: int, method: str, arm: str) -> None:
-        """Write what decides the numbers of a run, or compare."""
-        now = {"seed": seed, "method": method, "arm": arm, "data": self.data, **self.settings.decisive()}
-        path = folder / "run.json"
-        if not path.exists():
-            about = {"version": __version__, "settings": asdict(self.settings)}
-            path.write_text(json.dumps({"decisive": now, **about}, indent=1) + "\n", encoding="utf-8")
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))["decisive"]
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{folder} was begun with {name} {before.get(name)}, now it is {value}: give another --output"
-                )
-
 
 class _Writer:
     """Numbers of a run, a line for what was measured at once."""
@@ -174,6 +156,23 @@ class _Writer:
     def __call__(self, step: int, values: dict[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**self._run, "step": step, "values": values}) + "\n")
+
+
+def claim(path: Path, now: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write down what decides the numbers of a folder, or compare with what it was begun with.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"decisive": now, **about}, indent=1) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["decisive"]
+    for name, value in now.items():
+        if before.get(name) != value:
+            was = "other data" if name == "data" else f"{name} {before.get(name)}, now it is {value}"
+            raise ValueError(f"{path.parent} was begun with {was}: give another --output")
 
 
 def measured(folder: Path, kind: str) -> set[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fused_po.splits import Split
 from fused_po.study.settings import ARMS
 
 __all__ = ["NAMES", "REAL_METHODS", "RealSettings", "arms_of", "folder_of"]
@@ -159,9 +160,9 @@ class RealSettings:
         return found
 
 
-def arms_of(method: str) -> dict[str, Any]:
-    """arm -> split, of a method."""
-    return ARMS[REAL_METHODS[method]]
+def arms_of(method: str) -> dict[str, Split | None]:
+    """arm -> split, of a method: those of the small study that differ in nothing else."""
+    return {name: arm.split for name, arm in ARMS[REAL_METHODS[method]].items() if not arm.kl}
 
 
 def folder_of(seed: int, method: str, arm: str) -> str:
