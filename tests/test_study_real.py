@@ -22,7 +22,7 @@ from fused_po.study.real_settings import RealSettings, arms_of
 from fused_po.study.real_splits import FlatWeights
 from fused_po.trainers.loading import load_tokenizer
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ROWS = [
     {
         "prompt": f"Say {first} and {second}.",

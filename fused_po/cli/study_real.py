@@ -25,9 +25,10 @@ def add_flags(parser: Any) -> None:
     add = parser.add_argument_group(
         "with --data, on a pretrained --model",
         "A folder for each seed, method and arm holds its numbers as they come; the same command goes on with what is "
-        "left, and folders of several machines pool.",
+        "left. --pool joins runs of other machines; without --data it makes their report and nothing else.",
     ).add_argument
     add("--data", metavar="FILE", help="preference pairs, as fused-po train reads them")
+    add("--model", default=argparse.SUPPRESS, help="a folder or hub id of transformers; default tiny, a random one")
     add("--eval-data", default=argparse.SUPPRESS, metavar="FILE", help="held-out pairs; default: some of --data")
     add("--held-out", type=positive(int), default=argparse.SUPPRESS, metavar="N", help="held-out prompts, default 128")
     add(
@@ -51,10 +52,10 @@ def add_flags(parser: Any) -> None:
     ):
         add(f"--{name}", type=positive(int), default=argparse.SUPPRESS, metavar="N", help=words)
     add("--final", choices=("greedy", "sampled"), default=argparse.SUPPRESS, help="D', default greedy")
+    add("--estimator", choices=("directional", "exact"), default=argparse.SUPPRESS, help="of G, default directional")
     add("--optim", default=argparse.SUPPRESS, help="default adamw_torch; paged_adamw_8bit needs bitsandbytes")
     add("--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS, help="default bfloat16 on a GPU")
     add("--plan", action="store_true", help="say what would be trained and what it takes, and stop")
-    add("--pool", nargs="+", type=Path, metavar="DIR", help="only the report, of the runs in these folders")
 
 
 def run(arguments: argparse.Namespace, watch: Watch) -> int:
@@ -66,8 +67,10 @@ def run(arguments: argparse.Namespace, watch: Watch) -> int:
     Raises:
         ValueError: arguments, a model, data or a reward that can't be used, before anything is trained.
     """
-    if arguments.pool:
-        return _pool(arguments)
+    if arguments.data is None:
+        _check_output(arguments.output)
+        _report(arguments.pool, arguments)
+        return 0
     from fused_po.study.real_settings import RealSettings
 
     known = {one.name for one in fields(RealSettings)}
@@ -92,7 +95,8 @@ def run(arguments: argparse.Namespace, watch: Watch) -> int:
     study = RealStudy(settings, arguments.output)
     print(f"{len(study.pairs.train)} pairs to train on, {len(study.pairs.held_out)} held-out prompts")
     _say_needs(settings, arms, study.measure.start.config)
-    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.seeds or SEEDS))
+    first = arguments.first_seed or 0
+    seeds = range(first, first + (arguments.seeds or SEEDS))
     todo = [(seed, method, arm) for seed in seeds for method in methods for arm in arms[method]]
     failed = 0
     try:
@@ -106,7 +110,7 @@ def run(arguments: argparse.Namespace, watch: Watch) -> int:
         print("stopped: the same command goes on")
         return INTERRUPTED
     watch.say("writing the report", 1.0)
-    _report([arguments.output], arguments)
+    _report([arguments.output, *arguments.pool], arguments)
     return 1 if failed else 0
 
 
@@ -177,12 +181,6 @@ def _say_needs(settings: Any, arms: dict[str, list[str]], config: Any = None) ->
             )
 
 
-def _pool(arguments: argparse.Namespace) -> int:
-    _check_output(arguments.output)
-    _report(arguments.pool, arguments)
-    return 0
-
-
 def _report(folders: list[Path], arguments: argparse.Namespace) -> None:
     from fused_po.study.real_pool import pooled
     from fused_po.study.real_report import write_real_report
@@ -196,9 +194,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The command line that makes the report again, whatever the folder."""
     words = ["fused-po", "study"]
     for name, value in vars(arguments).items():
-        if name in ("command", "run", "output", "workers", "rest") or value is None or value is False:
-            continue
-        if name == "first_seed" and not value:
+        if name in ("command", "run", "output", "workers", "rest") or value in (None, False, []):
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else list(map(str, values)))

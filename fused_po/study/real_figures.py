@@ -12,7 +12,7 @@ from fused_po.study.panels import band, frame, grid, legend
 from fused_po.study.real_settings import NAMES
 from fused_po.study.run import Results
 
-__all__ = ["real_figures"]
+__all__ = ["Rates", "real_figures"]
 
 # label of the axis, by metric
 _PANELS = {
