@@ -233,7 +233,7 @@ def test_seeds_and_arms_of_several_folders_pool(
     for folders, message in (
         ([dpo, dpo], "are the same run"),
         ([dpo, tmp_path / "nowhere"], "no such folder"),
-        ([tmp_path], "holds no run of a study"),
+        ([dpo, tmp_path], "holds no run of a study"),
     ):
         assert main(["study", "--pool", *map(str, folders), "--output", str(tmp_path / "d")]) == 2
         said = capsys.readouterr().err

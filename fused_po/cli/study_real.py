@@ -98,14 +98,19 @@ def run(arguments: argparse.Namespace, watch: Watch) -> int:
     first = arguments.first_seed or 0
     seeds = range(first, first + (arguments.seeds or SEEDS))
     todo = [(seed, method, arm) for seed in seeds for method in methods for arm in arms[method]]
-    failed = 0
+    failed, ended = 0, 0
+
+    def say(words: str, done: float) -> None:
+        watch.say(words, (ended + done) / len(todo))
+
     try:
-        for index, one in enumerate(todo):
+        for one in todo:
             try:
-                study.run(*one, lambda words, done, index=index: watch.say(words, (index + done) / len(todo)))
+                study.run(*one, say)
             except FloatingPointError as error:
                 failed += 1
                 print(f"fused-po: seed {one[0]}, {one[1]}, {one[2]} failed: {error}", file=sys.stderr)
+            ended += 1
     except KeyboardInterrupt:
         print("stopped: the same command goes on")
         return INTERRUPTED

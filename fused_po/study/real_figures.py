@@ -8,7 +8,7 @@ from typing import Any
 from fused_po.study.claims import Curves
 from fused_po.study.figures import Figure
 from fused_po.study.moment import SIDES, THIRDS
-from fused_po.study.panels import band, frame, grid, legend
+from fused_po.study.panels import Lines, band, frame, grid, legend
 from fused_po.study.real_settings import NAMES
 from fused_po.study.run import Results
 
@@ -33,8 +33,8 @@ def real_figures(rates: Rates) -> dict[str, Figure]:
     Args:
         rates: (method, arm) -> the final win rate and the ends of its interval.
     """
-    lines = {f"G/{side}": side for side in SIDES}
-    thirds = [
+    lines: dict[str | tuple[str, str], str] = {f"G/{side}": side for side in SIDES}
+    thirds: list[tuple[str, Lines]] = [
         (f"G, {side}{label}", {f"G/{side}/{third}{suffix}": f"{third} third" for third in THIRDS})
         for side in SIDES
         for label, suffix in (("", ""), (", equal weights", "/no_reweighting"))
@@ -84,7 +84,7 @@ def real_figures(rates: Rates) -> dict[str, Figure]:
     return found
 
 
-def _grid(panels: list[tuple[str, dict[str, str]]], zero: bool = False) -> Callable[[Any, Curves, Results], None]:
+def _grid(panels: list[tuple[str, Lines]], zero: bool = False) -> Callable[[Any, Curves, Results], None]:
     return lambda canvas, curves, results: grid(canvas, curves, panels, zero)
 
 

@@ -147,9 +147,9 @@ def _step(
     inner.train()
     rows, device = settings.micro_batch, torch.device("meta")
     ids = torch.empty(rows, settings.max_length, dtype=torch.int64, device=device)
-    side = {"ref_logp": torch.empty(rows, device=device)} if method == "dpo" else {}
-    side |= {} if method == "dpo" else {name: torch.empty(ids[:, 1:].shape, device=device) for name in ("old_logp",)}
-    side |= {} if method == "dpo" else {"advantage": torch.empty(rows, device=device)}
+    side: dict[str, Any] = {"ref_logp": torch.empty(rows, device=device)}
+    if method != "dpo":
+        side = {"advantage": torch.empty(rows, device=device), "old_logp": torch.empty(ids[:, 1:].shape, device=device)}
     with record() as ledger:
         hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weight = inner.get_output_embeddings().weight

@@ -41,8 +41,8 @@ OF_ARMS = (
     "schedule of `splits.controlled_dpo()` and `splits.controlled_ppo()`, whose constants are ours."
 )
 OF_CLAIMS = (
-    "What these runs say to the claims that the small study tests, where it measures what they ask for. Claims that say "
-    "PPO are of GRPO here. p is corrected for all of them by Holm's procedure."
+    "What these runs say to the claims that the small study tests, where it measures what they ask for. Claims that "
+    "say PPO are of GRPO here. p is corrected for all of them by Holm's procedure."
 )
 # of the table, after the last update
 _COLUMNS = {
