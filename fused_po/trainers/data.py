@@ -38,7 +38,7 @@ from fused_po.trainers.rows import (
     shortened,
 )
 
-__all__ = ["PreferenceError", "Preferences", "contents", "counted", "load_preferences", "texts"]
+__all__ = ["PreferenceError", "Preferences", "contents", "counted", "load_preferences", "plain_rows", "texts"]
 
 # a hub id may hold dots too
 _FILES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".txt")
@@ -129,21 +129,34 @@ def load_preferences(
     return Preferences(encoded.remove_columns("notes"), counts, layout)
 
 
-def texts(source: str, rows: int | None = None) -> Iterator[str]:
-    """All texts of a source, for a tokenizer that is trained on them."""
+def plain_rows(source: str, template: bool = True, rows: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a source with TRL's columns and all others that they have, checked, as strings or messages.
+
+    Args:
+        source: as in ``load_preferences``.
+        template: whether the tokenizer has a chat template; Alpaca's rows become messages where it has.
+        rows: stream: read this many and no more.
+
+    Raises:
+        PreferenceError: what can't be read or used.
+    """
     layout = None
     for number, record in _numbered(_read(source, rows), source):
         where = f"{source}: row {number}"
         if row := row_of(record, where):
             layout = layout_of(row) if layout is None else layout
-            row = converted_row(row, layout, True, where)
+            row = converted_row(row, layout, template, where)
             answers, _ = prompt_and_answers(row, isinstance(row.get("chosen", row.get("completion")), list), where)
-            for value in (row["prompt"], *answers):
-                yield from (
-                    (value,)
-                    if isinstance(value, str)
-                    else (m.get("content") or "" for m in plain_messages(value, where))
-                )
+            row |= dict(zip(("chosen", "rejected") if len(answers) == 2 else ("completion",), answers, strict=True))
+            messages = {key: plain_messages(row[key], where) for key in KEYS if isinstance(row.get(key), list)}
+            yield row | messages
+
+
+def texts(source: str, rows: int | None = None) -> Iterator[str]:
+    """All texts of a source, for a tokenizer that is trained on them."""
+    for row in plain_rows(source, rows=rows):
+        for value in (row[key] for key in KEYS if row.get(key) is not None):
+            yield from (value,) if isinstance(value, str) else (message.get("content") or "" for message in value)
 
 
 @dataclass(frozen=True)
