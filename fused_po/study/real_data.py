@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_po.trainers.data import PreferenceError, plain_rows
+from fused_po.trainers.data import PreferenceError, checked_rows
 
 __all__ = ["Pairs", "last_words", "read_pairs", "words_of"]
 
@@ -77,10 +77,11 @@ def last_words(value: Any) -> str:
 
 def _read(source: str, template: bool) -> list[dict[str, Any]]:
     rows = []
-    for row in plain_rows(source, template):
-        if "completion" in row:
+    for row in checked_rows(source, template):
+        if len(row.answers) == 1:
             raise PreferenceError(f"{source}: holds single answers (completion, label), a study takes pairs")
-        rows.append(row)
+        chosen, rejected = row.answers
+        rows.append({**row.given, "prompt": row.prompt, "chosen": chosen, "rejected": rejected})
     if not rows:
         raise PreferenceError(f"{source}: holds no pair")
     return rows

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
 import fused_po
 from fused_po.ops.checks import IGNORE
 from fused_po.trainers.batches import collate, mismatched
+from fused_po.trainers.data import mapped
 
 __all__ = ["COLUMNS", "with_reference"]
 
@@ -30,8 +29,6 @@ def with_reference(trainer: Any, model: nn.Module, rows: Any, places: Sequence[i
     ``other_starts``, ``other_ref``), which does not depend on the places.
     """
     args, mismatch = trainer.args, "kl" in trainer.loss.needs
-    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "fused_po")
-    os.makedirs(folder, exist_ok=True)
     key = [_content(model), rows._fingerprint, args.bf16, args.fp16, mismatch]
 
     def said(columns: Mapping[str, Sequence[Any]], at: Sequence[int]) -> dict[str, list[Any]]:
@@ -53,15 +50,11 @@ def with_reference(trainer: Any, model: nn.Module, rows: Any, places: Sequence[i
     # each rank makes its own piece, then reads those of the others from the cache
     for rank in sorted(range(count), key=lambda rank: rank != args.process_index):
         own = list(places[len(places) * rank // count : len(places) * (rank + 1) // count])
-        fingerprint = Hasher.hash([*key, own])
-        pieces[rank] = rows.select(own).map(
+        pieces[rank] = mapped(
+            rows.select(own),
             lambda columns, at, own=own: said(columns, [own[index] for index in at]),
-            batched=True,
+            [*key, own],
             batch_size=args.train_batch_size,
-            with_indices=True,
-            new_fingerprint=fingerprint,
-            # rows in memory have no cache of their own
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"),
             desc="reference",
         )
         if rank == args.process_index:
