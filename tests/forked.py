@@ -5,6 +5,7 @@ Only other packages are imported ahead. A program finds this one as it would in 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -51,6 +52,8 @@ def _program(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, st
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
+    # as in conftest.py
+    gc.freeze()
     os.chdir(cwd)
     kind, *others = arguments
     if kind == "-m":
