@@ -21,6 +21,7 @@ from fused_po import LossOutput
 from fused_po.cli.report import read_log
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.ops.plain import plain_loss, rounding
+from fused_po.trainers import whole
 from fused_po.trainers.averages import weighed_metrics
 from fused_po.trainers.preferences import PreferenceTrainer
 
@@ -61,7 +62,7 @@ class ComparedTrainer(PreferenceTrainer):
         if self.comparison is None:
             # a run that is continued answers for the steps before, too
             kept = [row for row in read_log(log) if row["step"] <= self.state.global_step]
-            log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+            whole.write_text(log, "".join(f"{json.dumps(row)}\n" for row in kept))
             self.comparison = Comparison(fused, plain, self.args.device, rows=kept)
         self.comparison.fused, self.comparison.plain = fused, plain
         loss = self.comparison.step(
@@ -75,7 +76,12 @@ class ComparedTrainer(PreferenceTrainer):
     def report(self, output: Path, console: Any) -> int:
         """Write compare.json and show it: 0, or 1 where the paths disagree."""
         if self.comparison is None:
-            return 0
+            # a run that was killed after its last step
+            rows = read_log(output / "compare.jsonl")
+            if not rows:
+                return 0
+            never = cast(Step, None)
+            self.comparison = Comparison(never, never, self.args.device, rows=rows)
         (output / "compare.json").write_text(json.dumps(self.comparison.summary(), indent=2) + "\n", encoding="utf-8")
         console.print(self.comparison.table())
         return 0 if self.comparison.agrees else 1

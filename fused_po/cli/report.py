@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-__all__ = ["Report", "plot", "read_log"]
+__all__ = ["Report", "plot", "read_log", "read_object"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 # of the engine, not of the model
@@ -111,6 +111,21 @@ def read_log(log: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{log}: line {number} holds no step")
         rows.append(row)
     return rows
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a run wrote into a file.
+
+    Raises:
+        ValueError: it is another thing.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} can't be read: it is not what a run writes")
+    return found
 
 
 def plot(log: Path, image: Path, title: str) -> None:

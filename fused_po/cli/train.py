@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.cli.arguments import positive
+from fused_po.trainers import whole
 
 __all__ = ["add_parser", "with_config"]
 
@@ -135,7 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{output} is a file; --output wants a folder")
     if arguments.resume and not (output / "settings.json").is_file():
         raise ValueError(f"nothing to resume: {output} holds no run")
-    if not arguments.resume and output.is_dir() and any(output.iterdir()):
+    left = set(output.iterdir()) if output.is_dir() else set()
+    if not arguments.resume and left - {whole.unfinished(output / "settings.json")}:
         raise ValueError(f"{output} exists and is not empty: choose another folder, or --resume to continue in it")
     try:
         # torch and transformers take seconds to import; a wrong argument should not
@@ -146,7 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     import datasets
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
     from fused_po import losses, splits
     from fused_po.cli.report import Report, plot, read_log
@@ -188,6 +191,7 @@ def _train(arguments: argparse.Namespace) -> int:
         ]
     model = loading.add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
     checkpoint = _checkpoint(arguments, args) if arguments.resume else None
+    step = -1 if checkpoint is None else _step(checkpoint)
     kind: Any = PreferenceTrainer
     if arguments.compare:
         if args.bf16 or args.fp16:
@@ -220,12 +224,16 @@ def _train(arguments: argparse.Namespace) -> int:
     if args.should_save:
         if checkpoint is None:
             settings = json.dumps(_settings(arguments, args), indent=2)
-            (output / "settings.json").write_text(settings + "\n", encoding="utf-8")
-        step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+            whole.write_text(output / "settings.json", settings + "\n")
         kept = [row for row in read_log(log) if row["step"] <= step]
-        log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-    with report:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        whole.write_text(log, "".join(f"{json.dumps(row)}\n" for row in kept))
+    if checkpoint is not None and step == args.max_steps:
+        # what ended before model/ was there has no step left
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    else:
+        with report:
+            trainer.train(resume_from_checkpoint=checkpoint)
     if report.interrupted and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
         if args.should_save:
@@ -236,8 +244,13 @@ def _train(arguments: argparse.Namespace) -> int:
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(inner, "merge_and_unload") and not trainer.is_fsdp_enabled:
         trainer.model = inner.merge_and_unload()
-    trainer.save_model(str(output / "model"))
+    aside = whole.unfinished(output / "model")
+    with whole.writing("model/"):
+        trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
     if args.should_save:
+        trainer.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        whole.put(output / "model")
         plot(log, output / "metrics.png", loss.name)
     drawn = ", metrics.png" if (output / "metrics.png").exists() else ""
     report.console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
@@ -347,9 +360,11 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from fused_po.cli.report import read_object
+
     output: Path = arguments.output
     found = get_last_checkpoint(str(output))
-    before, now = _begun_with(output / "settings.json"), _settings(arguments, args)
+    before, now = read_object(output / "settings.json"), _settings(arguments, args)
     for name in before:
         if name == "data" and now[name] != before[name]:
             raise ValueError("--resume with other --data: its contents have changed")
@@ -359,8 +374,8 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     steps = args.max_steps
     if found is None:
         return None
-    step = int(found.rpartition("-")[2])
-    if step >= steps > 0:
+    step = _step(found)
+    if step > steps > 0 or (step == steps and _steps_of(output / "model") == steps):
         raise ValueError(f"nothing to resume: {output} holds all {steps} steps; more --steps continue it")
     for path in Path(found).iterdir():
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
@@ -368,11 +383,13 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     return found
 
 
-def _begun_with(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} can't be read: it is not what a run writes")
-    return found
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
+
+
+def _steps_of(model: Path) -> int:
+    """After how many steps a model was saved; -1: there is none, or an older one."""
+    from fused_po.cli.report import read_object
+
+    path = model / "trainer_state.json"
+    return int(read_object(path).get("global_step", -1)) if path.exists() else -1

@@ -27,6 +27,7 @@ from fused_po.splits import Split, check_split
 from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.model import take_apart
+from fused_po.trainers.whole import writing
 
 __all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
 
@@ -323,7 +324,8 @@ class PreferenceTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial, *args, **kwargs)
+            with writing(name):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
