@@ -273,6 +273,7 @@ def _read(source: str, rows: int | None) -> Any:
             found = datasets.load_dataset("csv", split=split, **options)
         elif path.is_file() and kind in (".parquet", ".arrow"):
             found = datasets.load_dataset(kind[1:], split=split, **options)
+            _validate(found)
         elif path.is_file():
             # a byte that is not UTF-8 becomes an escape that JSON does not know, and its row is refused
             options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
@@ -282,12 +283,19 @@ def _read(source: str, rows: int | None) -> Any:
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            _validate(found)
         elif not path.exists() and (kind in _FILES or source.startswith((".", "/", "~"))):
             raise FileNotFoundError("no such file or folder")
         else:
             name, _, other = source.partition(":")
             found = datasets.load_dataset(name, split=other or split, streaming=rows is not None)
         return found if rows is None else datasets.Dataset.from_list(list(found.take(rows)))
+
+
+def _validate(found: Any) -> None:
+    """Tables are taken as they are: lengths and offsets of a broken one lead anywhere in memory."""
+    if isinstance(found, datasets.Dataset):
+        found.data.validate(full=True)
 
 
 @contextmanager
