@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             write(options.write, configs.TABLE)
         except UNREADABLE as error:
-            print(f"not written: {error}" if type(error) is ValueError else f"not written: {error!r}", file=sys.stderr)
+            print(f"not written ({type(error).__name__}: {error})", file=sys.stderr)
             return 2
         return 0
     return run_all(cases(options.device), run, table, options)

@@ -267,7 +267,7 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
             found = datasets.load_dataset("csv", **options)
         elif path.is_file() and kind in (".parquet", ".arrow"):
-            found = datasets.load_dataset(kind[1:], **options)
+            found = _validated(datasets.load_dataset(kind[1:], **options))
         elif path.is_file():
             # a byte that is not UTF-8 becomes an escape that JSON does not know, and its row is refused
             options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
@@ -276,7 +276,7 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             found = found.map(documents_to_rows, batched=True, batch_size=1) if kind == ".json" else found
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            found = _validated(found[split] if isinstance(found, datasets.DatasetDict) else found)
         elif not path.exists() and (kind in _FILES or source.startswith((".", "/", "~"))):
             raise FileNotFoundError("no such file or folder")
         else:
@@ -284,6 +284,13 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             found = datasets.load_dataset(name, **options | {"split": other or split})
         found = found if rows is None else datasets.Dataset.from_list(list(found.take(rows)))
     return found, content or found._fingerprint
+
+
+def _validated(found: Any) -> Any:
+    """A table is taken as it is: lengths and offsets of a broken one lead anywhere in memory."""
+    if isinstance(found, datasets.Dataset):
+        found.data.validate(full=True)
+    return found
 
 
 @contextmanager
