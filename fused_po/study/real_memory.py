@@ -110,6 +110,7 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
     memory["G"] = {
         "weights": weights,
         "gradient of D'": SINGLE * trained,
+        "gradient of the loss": SINGLE * trained,
         "gradient of a batch, or weights before a step": SINGLE * trained,
         "activations and logits": max(0, _step(model, settings, "dpo", None, single=True)[0] - SINGLE * trained),
         "beside": BESIDE,
@@ -121,7 +122,6 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
 def _model(settings: RealSettings, config: Any) -> tuple[Any, Any]:
     """The model without values, and what says how large its cache is."""
     from transformers import AutoModelForCausalLM
-
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     half = settings.dtype != "float32"
