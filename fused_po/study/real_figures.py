@@ -46,6 +46,15 @@ def real_figures(rates: Rates) -> dict[str, Figure]:
             "of step). It has no normaliser: compare signs and shapes, not sizes between methods.",
             _grid([("G", {"G": "whole loss"})], zero=True),
         ),
+        "cosine": Figure(
+            "Normalised G over training",
+            "The cosine between the gradient of the loss and that of the final model's answers (negated "
+            "log-likelihood), and what the sides add to it.",
+            _grid(
+                [("cosine", {"cosine/positive": "positive", "cosine/negative": "negative", "cosine": "whole"})],
+                zero=True,
+            ),
+        ),
         "sides": Figure(
             "G by side",
             "Positive learning (from chosen answers, or positive advantages) and negative learning sum to the whole.",

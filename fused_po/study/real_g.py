@@ -71,8 +71,11 @@ def g_of_run(
         model = of(step)
         given = fixed if fixed is not None else _rollouts(model, settings, seed, speaker, prompts, reward)
         if given:
-            found = gradient_alignment(model, given, loss, target, method=settings.estimator)
-            yield step, {"G": found["whole"], **{f"G/{part}": found[part] for part in found.values}}
+            found = gradient_alignment(model, given, loss, target, method=settings.estimator, cosine=True)
+            numbers = {"G": found["whole"], "cosine": found.cosine()}
+            numbers |= {f"cosine/{side}": found.cosine(side) for side in ("positive", "negative")}
+            numbers |= {f"G/{part}": found[part] for part in found.values}
+            yield step, numbers | ({} if found.error is None else {"G/error": found.error})
         else:
             # no advantage, no gradient
             yield step, {"G": math.nan}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_po import linear_loss
 from fused_po.ledger import record
@@ -22,6 +23,8 @@ STATE = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.1, "p
 # of torch, the driver and fragments
 BESIDE = 2 * GIB
 SINGLE, HALF = 4, 2
+# as transformers knows the attention of a prediction
+_ATTENTION = "fused_po_paper"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
     memory["G"] = {
         "weights": weights,
         "gradient of D'": SINGLE * trained,
+        "gradient of the loss": SINGLE * trained,
         "gradient of a batch, or weights before a step": SINGLE * trained,
         "activations and logits": max(0, _step(model, settings, "dpo", None, single=True)[0] - SINGLE * trained),
         "beside": BESIDE,
@@ -118,15 +122,30 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
 def _model(settings: RealSettings, config: Any) -> tuple[Any, Any]:
     """The model without values, and what says how large its cache is."""
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     half = settings.dtype != "float32"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32)
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+        model.set_attn_implementation(_ATTENTION)
         if settings.lora is not None:
             from fused_po.trainers.loading import add_adapter
 
             model = add_adapter(model, settings.lora, 0)
     return model, config.get_text_config()
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """As kernels of a GPU do it, without a table of all pairs of tokens: (B, heads, S, D) -> (B, S, heads, D). Torch's
+    own on tensors without values would make that table.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (key, value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2).contiguous(), None
 
 
 def _step(
