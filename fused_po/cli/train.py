@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -195,6 +196,7 @@ def _train(arguments: argparse.Namespace) -> int:
         whole.write_text(output / "settings.json", json.dumps(_settings(arguments, args), indent=2) + "\n")
     if checkpoint is not None and _step(checkpoint) == args.max_steps:
         # what ended before model/ was there has no step left
+        shutil.rmtree(output / ".incomplete", ignore_errors=True)
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     else:
