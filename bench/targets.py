@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.bench.cases import Case, groups
-from fused_po.bench.methods import NAMES
+from fused_po.bench.competitors import NAMES
 
 GIB = 1 << 30
 # of the bare products: three with a trainable head, two with a frozen one
@@ -106,7 +106,7 @@ def main() -> int:
     try:
         found = targets(results_by_case([json.loads(path.read_text(encoding="utf-8")) for path in files]))
     except UNREADABLE as error:
-        print(f"not what fused-po bench wrote: {error!r}", file=sys.stderr)
+        print(f"not what fused-po bench wrote ({type(error).__name__}: {error})", file=sys.stderr)
         return 2
     for target in found:
         print(f"{target.verdict:8s} {target.what}: {target.limit}" + (f", {target.got}" if target.got else ""))

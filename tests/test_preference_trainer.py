@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from fused_po import Split, linear_loss, losses, splits
+from fused_po.cli import main
 from fused_po.diagnostics import Examples
 from fused_po.diagnostics.callback import GradientAlignmentCallback
 from fused_po.trainers.batches import collate
 from fused_po.trainers.model import hidden_and_head, token_stats_of
 from fused_po.trainers.preferences import PreferenceTrainer
+from tests.forked import on_ranks, python
 from tests.test_train import WORDS, small_model
 
 VOCABULARY = 50
@@ -284,9 +285,16 @@ def test_g_is_a_callback(tmp_path):
     assert any("G/whole" in row for row in trainer.state.log_history[1:])
 
 
+def train_on_rank(rank: int, arguments: list[str]) -> None:
+    """What a launcher says of a rank, whose process group is there already."""
+    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "CUDA_VISIBLE_DEVICES": ""}
+    os.environ.update({name: str(value) for name, value in said.items()})
+    assert main(arguments) == 0
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "dapo"])
 def test_two_processes_are_one(tmp_path, loss):
-    """Under ``accelerate launch``, with accumulation and an evaluation that does not fill its last batch."""
+    """With accumulation and an evaluation that does not fill its last batch: one loss under ``accelerate launch``."""
     folder = small_model(tmp_path)
     sentences = [
         {
@@ -300,20 +308,20 @@ def test_two_processes_are_one(tmp_path, loss):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sentences[:count]))
     command = ["-m", "fused_po", "train", "--model", folder, "--data", str(tmp_path / "train.jsonl"), "--loss", loss]
     command += ["--eval-data", str(tmp_path / "eval.jsonl"), "--eval-every", "2", "--steps", "4", "--lr", "1e-3"]
+    runs = {
+        name: [*command, "--output", str(tmp_path / name), "--batch-size", size, "--gradient-accumulation-steps", steps]
+        for name, size, steps in (("one", "4", "1"), ("two", "1", "2"))
+    }
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    runs = {
-        "one": [*command, "--batch-size", "4"],
-        "two": [*launch, *command, "--batch-size", "1", "--gradient-accumulation-steps", "2"],
-    }
-    found = {}
-    for name, arguments in runs.items():
-        output = tmp_path / name
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        given = [sys.executable, *arguments, "--output", str(output)]
-        run = subprocess.run(given, capture_output=True, text=True, timeout=400, env=environment)
+    launched = [runs["one"], *([[*launch, *runs["two"]]] if loss == "sigmoid" else [])]
+    for arguments in launched:
+        run = python(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(sys.path))
         assert run.returncode == 0, run.stderr[-2000:]
-        found[name] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    if loss != "sigmoid":
+        on_ranks(train_on_rank, 2, tmp_path, runs["two"][2:])
+    texts = {name: (tmp_path / name / "metrics.jsonl").read_text() for name in runs}
+    found = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
     for alone, shared in zip(found["one"], found["two"], strict=True):
         assert alone.keys() == shared.keys()
         for metric, value in alone.items():

@@ -25,6 +25,7 @@ from fused_po.cli import compare as comparing
 from fused_po.cli import main
 from fused_po.cli.train import with_config
 from fused_po.trainers.loading import load_model, load_tokenizer
+from tests.forked import python
 
 WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
 
@@ -156,9 +157,7 @@ def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
         "Trainer.training_step = step\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, *command(data, broken, *extra)], capture_output=True, text=True, timeout=300
-    )
+    run = python("-c", script, *command(data, broken, *extra), cwd=tmp_path)
     assert run.returncode == 130, run.stderr
     assert "stopped after step 2: the same command with --resume continues" in run.stdout
     assert not (broken / "model").exists()

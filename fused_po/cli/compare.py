@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_po import LossOutput
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.ops.plain import plain_loss, rounding
+from fused_po.trainers import whole
 from fused_po.trainers.averages import weighed_metrics
 from fused_po.trainers.preferences import PreferenceTrainer, trained
 
@@ -159,7 +160,7 @@ class ComparedTrainer(PreferenceTrainer):
         if not self.compared:
             return 0
         found = self.summary()
-        (output / "compare.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        whole.write_text(output / "compare.json", json.dumps(found, indent=2) + "\n")
         table = Table(title=f"fused against full logits, {found['steps']} steps")
         for heading in ("", "fused", "full logits", "ratio"):
             table.add_column(heading, justify="right" if heading else "left")

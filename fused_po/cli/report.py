@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from fused_po.trainers import whole
+
 __all__ = ["Bar", "Report", "plot", "rows"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
@@ -53,7 +55,7 @@ class Report(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             # of a run that is continued, the checkpoint holds what was logged until then
-            self._log.write_text(_lines(rows(state.log_history)), encoding="utf-8")
+            whole.write_text(self._log, _lines(rows(state.log_history)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -143,10 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     import datasets
     from rich.console import Console
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
 
     from fused_po.cli.report import Bar, Report, plot, rows
-    from fused_po.trainers import loading
+    from fused_po.trainers import loading, whole
     from fused_po.trainers.data import counted, load_preferences, texts
     from fused_po.trainers.preferences import PreferenceTrainer, learns_single
 
@@ -191,10 +193,15 @@ def _train(arguments: argparse.Namespace) -> int:
     if tokenizer.eos_token is None:
         console.print("the tokenizer has no end token: answers end where their text does")
     if args.should_save and checkpoint is None:
-        settings = json.dumps(_settings(arguments, args), indent=2)
-        (output / "settings.json").write_text(settings + "\n", encoding="utf-8")
-    with report:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        whole.write_text(output / "settings.json", json.dumps(_settings(arguments, args), indent=2) + "\n")
+    if checkpoint is not None and _step(checkpoint) == args.max_steps:
+        # what ended before model/ was there has no step left
+        shutil.rmtree(output / ".incomplete", ignore_errors=True)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    else:
+        with report:
+            trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     if args.should_save:
         plot(rows(state.log_history), output / "metrics.png", loss.name)
@@ -205,7 +212,13 @@ def _train(arguments: argparse.Namespace) -> int:
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(inner, "merge_and_unload") and not trainer.is_fsdp_enabled:
         trainer.model = inner.merge_and_unload()
-    trainer.save_model(str(output / "model"))
+    aside = whole.unfinished(output / "model")
+    with whole.writing("model/"):
+        trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        whole.put(output / "model")
     drawn = ", metrics.png" if (output / "metrics.png").exists() else ""
     console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
     return code
@@ -271,7 +284,7 @@ def _engine(arguments: argparse.Namespace) -> Any:
     steps = arguments.max_steps or (-1 if "num_train_epochs" in named else 60)
     evaluates, output = arguments.eval_data is not None, arguments.output_dir
     # a run that is continued keeps the warm-up that it began with
-    begun = _begun_with(output) if arguments.resume else {}
+    begun = _written(output / "settings.json") if arguments.resume else {}
     kind_of: Any = TrainingArguments
     parser = HfArgumentParser(kind_of, prog="fused-po train", usage="see --help", allow_abbrev=False)
     ours = {name: value for name, value in vars(arguments).items() if name in TrainingArguments.__dataclass_fields__}
@@ -311,9 +324,8 @@ def _settings(arguments: argparse.Namespace, args: Any) -> dict[str, Any]:
     return found | {"data": contents(arguments.data) or arguments.data}
 
 
-def _begun_with(output: Path) -> dict[str, Any]:
-    """The settings that a run began with."""
-    path = output / "settings.json"
+def _written(path: Path) -> dict[str, Any]:
+    """What a run wrote as JSON: its settings, or the state that its model was saved in."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -329,11 +341,12 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     Raises:
         ValueError: it can't be read, holds all steps, or belongs to a run with other arguments.
     """
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
     output: Path = arguments.output_dir
     now = _settings(arguments, args)
-    for name, before in _begun_with(output).items():
+    for name, before in _written(output / "settings.json").items():
         if name == "data" and now[name] != before:
             raise ValueError("--resume with other --data: its contents have changed")
         if now.get(name) != before:
@@ -343,9 +356,15 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     found, steps = get_last_checkpoint(str(output)), args.max_steps
     if found is None:
         return None
-    if int(found.rpartition("-")[2]) >= steps > 0:
+    step, state = _step(found), output / "model" / TRAINER_STATE_NAME
+    done = _written(state).get("global_step") if state.exists() else None
+    if step > steps > 0 or step == steps == done:
         raise ValueError(f"nothing to resume: {output} holds all {steps} steps; more --steps continue it")
     for path in Path(found).iterdir():
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} can't be read: it is not whole")
     return found
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])

@@ -28,7 +28,16 @@ from datasets.fingerprint import Hasher
 
 from fused_po.trainers.rows import Form, PreferenceError, Row, common, documents_to_rows, shortened
 
-__all__ = ["PreferenceError", "Preferences", "contents", "counted", "load_preferences", "mapped", "texts"]
+__all__ = [
+    "PreferenceError",
+    "Preferences",
+    "checked_rows",
+    "contents",
+    "counted",
+    "load_preferences",
+    "mapped",
+    "texts",
+]
 
 # a hub id may hold dots too
 _FILES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".txt")
@@ -111,14 +120,29 @@ def load_preferences(
     return Preferences(encoded.remove_columns("notes"), counts, form.layout)
 
 
-def texts(source: str, rows: int | None = None) -> Iterator[str]:
-    """All texts of a source, for a tokenizer that is trained on them."""
+def checked_rows(source: str, template: bool, rows: int | None = None) -> Iterator[Row]:
+    """The rows of a source, checked.
+
+    Args:
+        source: as in ``load_preferences``.
+        template: whether the tokenizer has a chat template; Alpaca's rows become messages where it has.
+        rows: stream: read this many and no more.
+
+    Raises:
+        PreferenceError: what can't be read or used.
+    """
     raw, _ = _read(source, rows)
-    form = Form.of(_numbered(raw, source), source, template=True)
+    form = Form.of(_numbered(raw, source), source, template)
     for number, record in _numbered(raw, source):
         if row := form.row(record, number):
-            for value in (row.prompt, *row.answers):
-                yield from (m.get("content") or "" for m in value) if form.chat else (value,)
+            yield row
+
+
+def texts(source: str, rows: int | None = None) -> Iterator[str]:
+    """All texts of a source, for a tokenizer that is trained on them."""
+    for row in checked_rows(source, True, rows):
+        for value in (row.prompt, *row.answers):
+            yield from (value,) if isinstance(value, str) else (message.get("content") or "" for message in value)
 
 
 def mapped(rows: Any, function: Callable[..., Any], key: Any, **options: Any) -> Any:
@@ -243,7 +267,7 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
             found = datasets.load_dataset("csv", **options)
         elif path.is_file() and kind in (".parquet", ".arrow"):
-            found = datasets.load_dataset(kind[1:], **options)
+            found = _validated(datasets.load_dataset(kind[1:], **options))
         elif path.is_file():
             # a byte that is not UTF-8 becomes an escape that JSON does not know, and its row is refused
             options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
@@ -252,7 +276,7 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             found = found.map(documents_to_rows, batched=True, batch_size=1) if kind == ".json" else found
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            found = _validated(found[split] if isinstance(found, datasets.DatasetDict) else found)
         elif not path.exists() and (kind in _FILES or source.startswith((".", "/", "~"))):
             raise FileNotFoundError("no such file or folder")
         else:
@@ -260,6 +284,13 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             found = datasets.load_dataset(name, **options | {"split": other or split})
         found = found if rows is None else datasets.Dataset.from_list(list(found.take(rows)))
     return found, content or found._fingerprint
+
+
+def _validated(found: Any) -> Any:
+    """A table is taken as it is: lengths and offsets of a broken one lead anywhere in memory."""
+    if isinstance(found, datasets.Dataset):
+        found.data.validate(full=True)
+    return found
 
 
 @contextmanager

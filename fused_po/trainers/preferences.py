@@ -24,6 +24,7 @@ from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.batches import collate
 from fused_po.trainers.model import take_apart
 from fused_po.trainers.references import COLUMNS, with_reference
+from fused_po.trainers.whole import writing
 
 __all__ = ["PreferenceTrainer", "check_trainable", "learns_single", "trained"]
 
@@ -280,7 +281,8 @@ class PreferenceTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._aside = True
         try:
-            super()._save_checkpoint(model, trial, *args, **kwargs)
+            with writing(aside.name):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
