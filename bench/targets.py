@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.bench.cases import Case, groups
-from fused_po.bench.methods import NAMES
+from fused_po.bench.competitors import NAMES
 
 GIB = 1 << 30
 # of the bare products: three with a trainable head, two with a frozen one

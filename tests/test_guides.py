@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fused_po.trainers.loading import load_tokenizer
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -57,8 +55,5 @@ def test_script(name: str, tiny: Path, tmp_path: Path) -> None:
         pytest.importorskip("trl", reason="TRL is not installed: its guide is not run")
     script = tmp_path / "script.py"
     script.write_text(SCRIPTS[name].replace(NAMED, str(tiny)), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = python(str(script), cwd=tmp_path, HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fused_po.diagnostics.alignment import Alignment, gradient_alignment
-from fused_po.diagnostics.parts import Examples, require_examples, require_loss_tokens
+from fused_po.diagnostics.examples import Examples, require_examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
 __all__ = ["alignment_over_checkpoints", "check_checkpoints"]

@@ -14,10 +14,10 @@ from unittest import mock
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from fused_po.bench import paper_table, runner
-from fused_po.cli import doctor, main, profile_measure, report, study
+from fused_po.cli import doctor, main, profile_measure, study
 from fused_po.losses import names
 from fused_po.trainers import loading
-from tests.fuzz.readers.common import Draw, Target, check_sentence, refusing
+from tests.fuzz.readers.common import Draw, Target, check_sentence
 
 __all__ = ["COMMAND"]
 
@@ -167,12 +167,11 @@ def config(data: bytes, folder: Path) -> None:
     called(["train", "--config", str(path), "--output", str(folder / "out")])
 
 
-def run_of(folder: Path, settings: bytes, log: bytes) -> list[str]:
-    """A run that can be continued, but for these files of it."""
+def run_of(folder: Path, settings: bytes) -> list[str]:
+    """A run that can be continued, but for its settings."""
     output = folder / "out"
-    for name, content in (("settings.json", settings), ("metrics.jsonl", log)):
-        output.mkdir(exist_ok=True)
-        (output / name).write_bytes(content)
+    output.mkdir(exist_ok=True)
+    (output / "settings.json").write_bytes(settings)
     return ["train", "--output", str(output), "--steps", "4"]
 
 
@@ -180,7 +179,7 @@ def settings(data: bytes, folder: Path) -> None:
     """``settings.json`` of a run that is continued."""
     from fused_po.cli import train
 
-    given = run_of(folder, data, b"")
+    given = run_of(folder, data)
 
     def compared(arguments: Any) -> int:
         train._checkpoint(arguments, train._engine(arguments))
@@ -188,21 +187,6 @@ def settings(data: bytes, folder: Path) -> None:
 
     with mock.patch.object(train, "_train", compared):
         called([*given, "--resume"])
-
-
-def log(data: bytes, folder: Path) -> None:
-    """``metrics.jsonl``, as a continued run and a drawing read it."""
-    path = folder / "metrics.jsonl"
-    path.write_bytes(data)
-    with refusing(ValueError, str(path)):
-        rows = report.read_log(path)
-        assert all(isinstance(row["step"], int) for row in rows)
-        kept = [row for row in rows if row["step"] <= 2]
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        assert report.read_log(path) == kept or "NaN" in path.read_text(encoding="utf-8")
-        if len(data) % 8 == 0:
-            # drawing takes much longer than reading
-            report.plot(path, folder / "metrics.png", "title")
 
 
 YAML = b"""steps: 3
@@ -214,7 +198,6 @@ fsdp_config: {a: 1}
 bf16: true
 data: [a, b]
 """
-ROW = b'{"step": 1, "split": "train", "loss": 0.69, "rewards/margins": 0.1}\n'
 SETTINGS = json.dumps(
     {"model": "tiny", "loss": "sigmoid", "lr": 1e-4, "world_size": 1, "data_seed": 0, "split": None}
 ).encode()
@@ -238,7 +221,4 @@ COMMAND = {
         tuple(flag[2:] + ": " for flag in FLAGS["train"]),
     ),
     "settings": Target(settings, (SETTINGS, b"{}", b"[]", b"{"), ('"data"', '"world_size"', '"steps"', "null")),
-    "log": Target(
-        log, (ROW * 3, ROW + ROW[:20], b"", b"5\n", b'{"step": "a"}\n'), ('"step"', '"split"', '"loss"', "NaN")
-    ),
 }
