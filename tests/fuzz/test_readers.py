@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -36,10 +35,6 @@ FOUND = {
     "text that is no UTF-8 in a stream": ("arrow", cut("arrow", 0, b"Yes, it is.", b"Yes, it \xff\xff.")),
     "settings that are a list": ("settings", b"[]"),
     "settings nested deeply": ("settings", b"[" * 100_000),
-    "a log of numbers": ("log", b"5\n"),
-    "a log without splits": ("log", b'{"step": 1}\n' * 8),
-    "a log of words": ("log", json.dumps({"step": 1, "split": "train", "loss": "low"}).encode().ljust(64)),
-    "a log nested deeply": ("log", b"[" * 100_000 + b"\n{}"),
     "weights that are none": ("model", b"\x03\x00{}"),
     "a tokenizer without parts": ("model", b"\x04\x00{}"),
     "a tokenizer of another kind": ("model", b"\x04\x02\x00\x20\x03[]"),
