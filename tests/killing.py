@@ -42,17 +42,19 @@ class Runs:
         event: int = 0,
         delay: float = 0.0,
         harm: Callable[[], None] | None = None,
+        kinds: tuple[str, ...] = EVENTS,
     ) -> tuple[int, float, int]:
         """Run a command line; kill it after some seconds, or at an event, counted from 1, and a delay in seconds.
 
         Args:
             harm: called in the process instead of a kill at the event, at the start without one; of a module.
+            kinds: of events that count.
 
         Returns:
             its exit code, -9 where it was killed; how long it ran; how many events there were.
         """
         count, loaded = context().Value("i", 0), context().Event()
-        given = (argv, str(self.folder), loaded, count, event, delay, harm)
+        given = (argv, str(self.folder), loaded, count, event, delay, harm, kinds)
         process = context().Process(target=_run, args=given)
         process.start()
         assert loaded.wait(300)
@@ -72,7 +74,16 @@ class Runs:
         return (self.folder / "said").read_text(errors="replace")
 
 
-def _run(argv: list[str], folder: str, loaded: Any, count: Any, last: int, delay: float, harm: Any) -> None:
+def _run(
+    argv: list[str],
+    folder: str,
+    loaded: Any,
+    count: Any,
+    last: int,
+    delay: float,
+    harm: Callable[[], None] | None,
+    kinds: tuple[str, ...],
+) -> None:
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -80,7 +91,7 @@ def _run(argv: list[str], folder: str, loaded: Any, count: Any, last: int, delay
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in EVENTS or not str(arguments[0]).startswith(folder):
+        if event not in kinds or not str(arguments[0]).startswith(folder):
             return
         count.value += 1
         if count.value == last and harm is not None:
