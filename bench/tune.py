@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.arguments import parser_of, run_all
+from bench.targets import UNREADABLE
 from fused_po.bench.accuracy import errors, rejected
 from fused_po.bench.measure import Call, interleaved, summary
 from fused_po.bench.rows import RowCase, RowProblem
@@ -171,7 +172,9 @@ def write(paths: list[Path], target: Path) -> None:
         + "\n }"
         for key, entry in existing.items()
     )
-    target.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+    text = f"{{\n{rows}\n}}\n"
+    configs.checked(text)
+    target.write_text(text, encoding="utf-8")
     print(f"{name}: {found or 'the default stays'}")
 
 
@@ -182,8 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         try:
             write(options.write, configs.TABLE)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"not written: {error}", file=sys.stderr)
+        except UNREADABLE as error:
+            print(f"not written ({type(error).__name__}: {error})", file=sys.stderr)
             return 2
         return 0
     return run_all(cases(options.device), run, table, options)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 
 # the tensors of tests are small: threads would wait for each other, and for those of other workers; read by torch once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# what other code has cached would hide what this code does
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fused-po-")
+
 import torch
 
 from tests.pairwise import mark_the_rest
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # before anything imports triton: without a GPU its kernels are interpreted
 if not torch.cuda.is_available():

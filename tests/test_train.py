@@ -105,7 +105,7 @@ def test_compare_agrees(data, tmp_path, loss):
 
 def put_one_gradient_off(monkeypatch) -> None:
     """The fused gradient of the first step is off by a thousandth."""
-    before = comparing._gradients
+    before = comparing.gradients
     calls = []
 
     def off(model):
@@ -113,7 +113,7 @@ def put_one_gradient_off(monkeypatch) -> None:
         found = before(model)
         return [g * 1.001 for g in found] if len(calls) == 2 else found
 
-    monkeypatch.setattr(comparing, "_gradients", off)
+    monkeypatch.setattr(comparing, "gradients", off)
 
 
 def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from fused_po.diagnostics.alignment import Alignment, by_layer, gradient_alignment
 from fused_po.diagnostics.checkpoints import alignment_over_checkpoints, check_checkpoints
 from fused_po.diagnostics.dynamics import Dynamics, Histogram, learning_dynamics
+from fused_po.diagnostics.examples import Examples
 from fused_po.diagnostics.memory import peak_memory
-from fused_po.diagnostics.parts import Examples
 from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
 
 if TYPE_CHECKING:

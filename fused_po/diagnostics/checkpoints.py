@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from fused_po.diagnostics.alignment import Alignment, gradient_alignment
-from fused_po.diagnostics.parts import Examples, require_examples, require_loss_tokens
+from fused_po.diagnostics.examples import Examples, require_examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
 __all__ = ["alignment_over_checkpoints", "check_checkpoints"]
@@ -100,13 +102,22 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
     _check_tokenizers(folders, tokenizer)
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folders[0]).get_text_config()
-    return int(config.vocab_size)
+    with _readable(folders[0]):
+        return int(AutoConfig.from_pretrained(folders[0]).get_text_config().vocab_size)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What a broken file of a folder raises within, which has no common base, as ValueError that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder} can't be read: {textwrap.shorten(repr(error), 300)}") from None
 
 
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Of the weights in a folder, by name, from the heads of their files."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -114,11 +125,8 @@ def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
         raise ValueError(f"{folder} holds no config.json: a folder that save_pretrained wrote is wanted")
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} can't be read: {error}") from None
+        with _readable(file), safe_open(file, framework="pt") as weights:
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     if not found:
         raise ValueError(f"{folder} holds no model*.safetensors")
     return found
@@ -131,7 +139,8 @@ def _check_tokenizers(folders: Sequence[Path], tokenizer: Any) -> None:
     for folder in folders:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             continue
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        with _readable(folder):
+            vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
         if wanted is None:
             wanted, whose = vocabulary, f"that of {folder}"
         if vocabulary != wanted:

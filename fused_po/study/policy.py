@@ -91,8 +91,10 @@ def new_model(tokenizer: Any, hidden_size: int, layers: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def sample(model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int) -> list[Sample]:
-    """An answer to each prompt, drawn at temperature 1."""
+def sample(
+    model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int, greedy: bool = False
+) -> list[Sample]:
+    """An answer to each prompt, drawn at temperature 1, or of the likeliest tokens."""
     tokenizer, device = language.tokenizer, next(model.parameters()).device
     rows = [language.prompt(prompt) for prompt in prompts]
     width = max(map(len, rows))
@@ -101,13 +103,11 @@ def sample(model: Any, language: Language, prompts: Sequence[Prompt], max_tokens
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     training = model.training
     model.eval()
+    drawing = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     drawn = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **drawing,
         max_new_tokens=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fused_po.trainers.rows import shortened
 
 __all__ = ["add_adapter", "load_model", "load_tokenizer"]
 
@@ -32,8 +33,9 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
     _check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer for {name!r}: {_shortened(error)}") from None
+    except Exception as error:
+        # what readers of a broken file raise has no common base
+        raise ValueError(f"no tokenizer for {name!r}: {_said(error)}") from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -56,8 +58,8 @@ def load_model(name: str, tokenizer: Any, seed: int) -> Any:
 
                 return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
             return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no model for {name!r}: {_shortened(error)}") from None
+        except Exception as error:
+            raise ValueError(f"no model for {name!r}: {_said(error)}") from None
     config = LlamaConfig(
         # as real heads, a multiple of a power of two with unused rows behind the tokens
         vocab_size=TINY_VOCAB,
@@ -103,8 +105,8 @@ def _train_tokenizer(texts: Iterable[str]) -> Any:
     return fast
 
 
-def _shortened(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300)
+def _said(error: Exception) -> str:
+    return shortened(error if isinstance(error, OSError | ValueError) else repr(error), 300)
 
 
 def _check_folder(name: str) -> None:
