@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,8 @@ def _model(settings: RealSettings, config: Any) -> tuple[Any, Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     half = settings.dtype != "float32"
+    # a model writes its attention into its config
+    config = copy.deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32)
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
