@@ -45,7 +45,10 @@ MAY_IMPORT = {
         # its version, which cached references are kept by
         *("stats", "losses", "splits", "ops", "fused_po"),
     },
-    "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
+    "diagnostics": {
+        *("torch", "transformers", "safetensors"),
+        *("stats", "kernels", "ledger", "losses", "splits", "ops", "trainers"),
+    },
     # a peer is imported by name, where it is installed
     "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
