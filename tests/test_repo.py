@@ -49,7 +49,7 @@ MAY_IMPORT = {
     # a peer is imported by name, where it is installed
     "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
-        *("torch", "transformers", "tokenizers", "matplotlib", "jinja2", "scipy"),
+        *("torch", "transformers", "tokenizers", "matplotlib", "numpy", "scipy", "statsmodels"),
         *("advantages", "losses", "splits", "ops", "pictures", "trainers", "diagnostics", "fused_po"),
     },
 }
