@@ -14,7 +14,7 @@ from typing import Any
 
 from fused_po.cli.arguments import positive
 
-__all__ = ["add_parser", "with_config"]
+__all__ = ["add_parser", "content_of", "loss_of", "with_config"]
 
 INTERRUPTED = 130
 _DATA = Path(__file__).parents[1] / "data"
@@ -148,7 +148,7 @@ def _train(arguments: argparse.Namespace) -> int:
     import datasets
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from fused_po import losses, splits
+    from fused_po import splits
     from fused_po.cli.report import Report, plot, read_log
     from fused_po.trainers import loading
     from fused_po.trainers.data import counted, load_preferences, texts
@@ -157,10 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
     args, output = _engine(arguments), Path(arguments.output)
     if not sys.stderr.isatty() or not args.should_save:
         datasets.disable_progress_bars()
-    names = arguments.loss.split("+")
-    given = _pairs("--loss-arg", arguments.loss_arg) | ({} if arguments.beta is None else {"beta": arguments.beta})
-    given |= {"paired": True} if names == ["sft"] else {}
-    loss = losses.create(names if len(names) > 1 else names[0], **given)
+    loss = loss_of(arguments)
     check_trainable(loss)
     split = None
     if arguments.split is not None:
@@ -169,7 +166,7 @@ def _train(arguments: argparse.Namespace) -> int:
         presets["split"] = splits.Split
         if arguments.split not in presets:
             raise ValueError(f"--split {arguments.split}: expected one of {', '.join(sorted(presets))}")
-        split = _called(presets[arguments.split], "--split", _pairs("--split-arg", arguments.split_arg))
+        split = _called(presets[arguments.split], "--split", named_values("--split-arg", arguments.split_arg))
     rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
     if arguments.streaming and rows <= 0:
         raise ValueError("--streaming wants --steps: it reads as many rows as they take")
@@ -296,7 +293,18 @@ def _engine(arguments: argparse.Namespace) -> Any:
     return args
 
 
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
+def loss_of(arguments: argparse.Namespace) -> Any:
+    """The loss that ``--loss``, ``--beta`` and ``--loss-arg`` name."""
+    from fused_po import losses
+
+    names = arguments.loss.split("+")
+    given = named_values("--loss-arg", arguments.loss_arg)
+    given |= {} if arguments.beta is None else {"beta": arguments.beta}
+    given |= {"paired": True} if names == ["sft"] else {}
+    return losses.create(names if len(names) > 1 else names[0], **given)
+
+
+def named_values(flag: str, given: Sequence[str]) -> dict[str, Any]:
     """``NAME=VALUE`` as Python values, words as they are."""
     found: dict[str, Any] = {}
     for one in given:
@@ -327,16 +335,21 @@ def _settings(arguments: argparse.Namespace, args: Any) -> dict[str, Any]:
         found["steps"] = args.max_steps
     path = Path(found["data"]).expanduser()
     if path.exists():
-        digest = hashlib.sha256()
-        for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            # datasets keeps its caches beside the rows
-            if one.is_file() and (one is path or not one.name.startswith(("cache-", "."))):
-                digest.update(b"" if one is path else one.relative_to(path).as_posix().encode())
-                with one.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-        found["data"] = digest.hexdigest()
+        found["data"] = content_of(path)
     return found
+
+
+def content_of(path: Path) -> str:
+    """A digest of a file, or of the files in a folder."""
+    digest = hashlib.sha256()
+    for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        # datasets keeps its caches beside the rows
+        if one.is_file() and (one is path or not one.name.startswith(("cache-", "."))):
+            digest.update(b"" if one is path else one.relative_to(path).as_posix().encode())
+            with one.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
