@@ -91,7 +91,9 @@ def test_a_reference_drops_nothing_out_and_leaves_the_model_as_it_was(tmp_path, 
         model.config.attention_dropout = 0.9
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.9
-        trainer = trainer_of(tmp_path, losses.create("sigmoid"), rows(9, seed=int(training)), model=model.train(training))
+        trainer = trainer_of(
+            tmp_path, losses.create("sigmoid"), rows(9, seed=int(training)), model=model.train(training)
+        )
         assert model.training == training
         asked = trainer.train_dataset.select_columns(["ids", "starts", "signs", "tokens"]).to_list()
         plain = trainer_of(tmp_path, losses.create("sigmoid"), Dataset.from_list(asked), model=model_of().eval())
