@@ -79,4 +79,41 @@ def test_the_mismatched_answers_of_a_row_do_not_depend_on_the_steps(tmp_path, st
         for side in (0, 1):
             prompt, answer = row["ids"][side][: row["starts"][side]], other["ids"][side][other["starts"][side] :]
             ids = row["other_ids"][side]
-            assert ids == (prompt + answer)[: len(ids)] and len(ids) > len(prompt)
+            # cut to the longer of the two that are trained on
+            assert ids == (prompt + answer)[: max(len(row["ids"][side]), len(other["ids"][side]))]
+
+
+def test_a_reference_drops_nothing_out_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    references(monkeypatch, tmp_path)
+    made = []
+    for training in (True, False):
+        model = model_of()
+        model.config.attention_dropout = 0.9
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.9
+        trainer = trainer_of(
+            tmp_path, losses.create("sigmoid"), rows(9, seed=int(training)), model=model.train(training)
+        )
+        assert model.training == training
+        asked = trainer.train_dataset.select_columns(["ids", "starts", "signs", "tokens"]).to_list()
+        plain = trainer_of(tmp_path, losses.create("sigmoid"), Dataset.from_list(asked), model=model_of().eval())
+        assert trainer.train_dataset["ref"][:] == plain.train_dataset["ref"][:]
+        made.append(trainer.train_dataset["ref"][:])
+    assert made[0] != made[1]
+
+
+def test_a_reference_in_another_precision_is_another(tmp_path, monkeypatch):
+    asked = references(monkeypatch, tmp_path)
+    found = [trainer_of(tmp_path, losses.create("sigmoid"), rows(), bf16=bf16).train_dataset for bf16 in (False, True)]
+    assert sum(asked) == 2 * 2 * 8 and found[0]["ref"][:] != found[1]["ref"][:]
+
+
+def test_a_reference_of_its_own_is_asked_during_training_too(tmp_path):
+    reference = model_of(1)
+    trainer = trainer_of(tmp_path, losses.create("sigmoid"), reference=reference)
+    trainer.train()
+    late = trainer.evaluate(rows(5, seed=3))
+    early = trainer_of(
+        tmp_path, losses.create("sigmoid"), None, rows(5, seed=3), reference=reference, model=trainer.model
+    )
+    assert late["eval_loss"] == early.evaluate()["eval_loss"]

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from fused_po.cli import main
-from fused_po.cli.report import Report
+from fused_po.cli.report import Bar, Report
 from fused_po.trainers.preferences import PreferenceTrainer
 from tests.test_train import command, data, model, put_one_gradient_off, rows, weights
 
@@ -118,6 +118,19 @@ def test_two_processes_stop_after_the_same_step(data, tmp_path):
     assert sorted(line for line in run.stdout.splitlines() if line.startswith("saves")) == ["saves 0 2", "saves 1 2"]
     assert "stopped after step 2" in run.stdout and run.stderr.count("exitcode  : 130") >= 1, run.stderr
     assert [one.name for one in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_bar_shows_the_last_step_and_ends_with_training_that_raised(tmp_path, capsys):
+    bar = Bar()
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=1, log_history=[])
+    with pytest.raises(FloatingPointError), Report(tmp_path / "log", None, bar):
+        bar.on_train_begin(None, state, None)
+        bar.training_bar.ncols, bar.training_bar.dynamic_ncols = 100, None
+        bar.on_step_end(None, state, None)
+        bar.on_log(None, state, None, {"loss": 0.5, "rewards/margins": 0.25})
+        raise FloatingPointError
+    shown = capsys.readouterr().err
+    assert "1/4" in shown and "loss 0.5000  margin +0.250" in shown and shown.endswith("\n")
 
 
 def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from fused_po import losses
 from fused_po.trainers.averages import Averages, weighed_metrics
+from fused_po.trainers.batches import collate
 from fused_po.trainers.preferences import PreferenceTrainer
 from tests.test_preference_trainer import model_of, rows, trainer_of
 from tests.test_references import references
@@ -152,3 +154,44 @@ def test_only_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
     trainer.train()
     names = [f"checkpoint-{step}" for step in (1, 2)]
     assert pushed == [(str(tmp_path / names[0]), names[:1]), (str(tmp_path / names[1]), names)]
+
+
+def test_what_is_logged_is_the_mean_of_the_steps_since_the_last_time(tmp_path):
+    logged = []
+    for every in (1, 2):
+        options = {"max_steps": 4, "logging_steps": every, "per_device_train_batch_size": 2}
+        trainer = trainer_of(tmp_path, losses.create("simpo"), **options)
+        trainer.train()
+        logged.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    single, double = logged
+    assert double == pytest.approx([(single[0] + single[1]) / 2, (single[2] + single[3]) / 2], rel=1e-6)
+
+
+def test_rows_in_sequence_stay_in_it(tmp_path):
+    """Where the engine is told not to draw, nothing is selected by a draw."""
+    options = {"max_steps": 2, "per_device_train_batch_size": 2}
+    named = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if "train_sampling_strategy" not in named:
+        pytest.skip("this engine always draws")
+    data = rows(9)
+    trainer = trainer_of(tmp_path, losses.create("simpo"), data, train_sampling_strategy="sequential", **options)
+    ids = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+    wanted = collate(data.select(range(2)).to_list(), 0)["input_ids"]
+    assert torch.equal(ids[0], wanted) and len(ids) == 5
+
+
+def test_a_checkpoint_that_is_there_is_replaced(tmp_path):
+    """As by a run in a folder of an older one."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    for rate in (0.1, 0.2):
+        trainer = trainer_of(tmp_path, losses.create("simpo"), learning_rate=rate, **options)
+        trainer.train()
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="several GPUs in one process"):
+        trainer_of(tmp_path, losses.create("simpo"))

@@ -45,6 +45,10 @@ class Report(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        bar: Any = self._bar
+        if bar is not None and bar.training_bar is not None:
+            # training that raised left it open, and what is said next would stand behind it
+            bar.training_bar.close()
 
     def _note(self, number: int, frame: Any) -> None:
         # that another rank was asked before is no second time
