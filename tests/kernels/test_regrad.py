@@ -50,6 +50,18 @@ def test_gradient(case, which, element, backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_logit_scale(backend, device):
+    """In the slope of the logits, which the tile holds and the probabilities are divided by."""
+    interpreted_or_skip(backend, device)
+    problem = make("usual", "fp32", device)
+    problem = replace(problem, transform=replace(problem.transform, logit_scale=0.3))
+    triple = coefficients(problem.x.shape[0], device, "cel", torch.float32)
+    truth = plain_grad(problem, torch.float64, triple)
+    naive = plain_grad(replace(problem, x=problem.x.bfloat16()), torch.bfloat16, triple)
+    check(turned(problem, "bf16", triple, backend)[:, : problem.vocab_size], naive, truth, "dL/dx")
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_ignored_rows_and_strides(backend, device):
     interpreted_or_skip(backend, device)
     problem = make("usual", "fp32", device)
