@@ -1,4 +1,4 @@
-"""Runs of ``fused-po train`` that are killed: each in a process forked from one that has imported everything.
+"""Runs of ``fused-po train`` that are killed, each in a forked process.
 
 A run is killed by SIGKILL after a time, or at its n-th operation on files that Python's audit events announce: opening,
 renaming, making and removing. So a kill may fall between any two of them, in a checkpoint, in the log or in a cache.
@@ -7,7 +7,6 @@ It then comes at once, or from a timer within two milliseconds, when a file may 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,21 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# imported here, forked with
 import datasets
-import matplotlib.pyplot
-import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fused_po.cli import compare, main
 from fused_po.trainers import data, loading, preferences
+from tests.forked import context
 
 __all__ = ["Runs"]
 
-LOADED = (datasets, matplotlib, safetensors, torch, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM)
-LOADED += (compare, data, loading, preferences)
-ROOT = Path(__file__).resolve().parent.parent
+# imported before a run begins
+LOADED = (compare, data, loading, preferences)
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move")
 
 
@@ -39,11 +34,6 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
-        paths = os.environ.get("PYTHONPATH", "")
-        # the server does not look where pytest does
-        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{paths}" if paths else str(ROOT)
 
     def run(
         self,
@@ -52,18 +42,22 @@ class Runs:
         event: int = 0,
         delay: float = 0.0,
         harm: Callable[[], None] | None = None,
+        kinds: tuple[str, ...] = EVENTS,
     ) -> tuple[int, float, int]:
         """Run a command line; kill it after some seconds, or at an event, counted from 1, and a delay in seconds.
 
         Args:
             harm: called in the process instead of a kill at the event, at the start without one; of a module.
+            kinds: of events that count.
 
         Returns:
             its exit code, -9 where it was killed; how long it ran; how many events there were.
         """
-        count = self._context.Value("i", 0)
-        process = self._context.Process(target=_run, args=(argv, str(self.folder), count, event, delay, harm))
+        count, loaded = context().Value("i", 0), context().Event()
+        given = (argv, str(self.folder), loaded, count, event, delay, harm, kinds)
+        process = context().Process(target=_run, args=given)
         process.start()
+        assert loaded.wait(300)
         began = time.monotonic()
         process.join(600 if seconds is None else seconds)
         if process.is_alive():
@@ -80,7 +74,16 @@ class Runs:
         return (self.folder / "said").read_text(errors="replace")
 
 
-def _run(argv: list[str], folder: str, count: Any, last: int, delay: float, harm: Any) -> None:
+def _run(
+    argv: list[str],
+    folder: str,
+    loaded: Any,
+    count: Any,
+    last: int,
+    delay: float,
+    harm: Callable[[], None] | None,
+    kinds: tuple[str, ...],
+) -> None:
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -88,7 +91,7 @@ def _run(argv: list[str], folder: str, count: Any, last: int, delay: float, harm
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in EVENTS or not str(arguments[0]).startswith(folder):
+        if event not in kinds or not str(arguments[0]).startswith(folder):
             return
         count.value += 1
         if count.value == last and harm is not None:
@@ -101,5 +104,6 @@ def _run(argv: list[str], folder: str, count: Any, last: int, delay: float, harm
 
     if harm is not None and not last:
         harm()
+    loaded.set()
     sys.addaudithook(note)
     sys.exit(main(argv))

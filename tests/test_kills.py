@@ -43,9 +43,7 @@ class Killed:
     def broken_run(self, kills: int) -> None:
         """Kill a run so many times, resume it each time, and compare its end with that of the unbroken one."""
         output, kept, wanted = self.folder / "broken", 0, self.kills + kills
-        # mapping and the reference may be cut off, too
-        for one in (output, self.folder / "cache"):
-            shutil.rmtree(one, ignore_errors=True)
+        self.clear(output)
         while self.kills < wanted:
             if self._cut(output):
                 self.kills += 1
@@ -54,6 +52,29 @@ class Killed:
                 # it came to its end
                 shutil.rmtree(output)
                 kept = 0
+        self.end(output)
+
+    def at_each(self, kind: str) -> int:
+        """Kill a run at each event of a kind, also in its caches, and resume it; how many there were."""
+        output = self.folder / "broken"
+        self.clear(output)
+        code, _, count = self.runs.run(self._command(output), kinds=(kind,))
+        assert code == 0, self.runs.said()
+        for number in range(1, count + 1):
+            self.clear(output)
+            code, *_ = self.runs.run(self._command(output), event=number, kinds=(kind,))
+            assert code == -9, self.runs.said()
+            self._check(output, 0)
+            self.end(output)
+        return count
+
+    def clear(self, output: Path) -> None:
+        """The caches go as well: mapping and the reference may be cut off, too."""
+        for one in (output, self.folder / "cache"):
+            shutil.rmtree(one, ignore_errors=True)
+
+    def end(self, output: Path) -> None:
+        """Let a run come to its end, which must be that of the unbroken one."""
         code, *_ = self.runs.run(self._command(output))
         said = self.runs.said()
         assert code == 0 or (code == 2 and f"holds all {STEPS} steps" in said), said
@@ -128,3 +149,10 @@ def test_a_hundred_kills(tmp_path, kind):
     for _ in range(5):
         runs.broken_run(5)
     assert runs.kills == 25
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["pairs", "answers"])
+def test_a_kill_at_each_renaming(tmp_path, kind):
+    """Of data that is mapped, the reference, settings, checkpoints, the log and the model."""
+    assert Killed(tmp_path, kind, seed=0).at_each("os.rename") > STEPS // EVERY

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_po.study.reading import reading
 from fused_po.study.real_measure import read_json_lines
 from fused_po.study.real_run import points_of
 from fused_po.study.real_settings import NAMES, arms_of
@@ -63,12 +64,13 @@ def pooled(folders: Sequence[Path]) -> Pool:
         if not runs:
             raise ValueError(f"{folder} holds no run of a study")
         for run in runs:
-            about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-            decisive = about["decisive"]
-            key = tuple(decisive[name] for name in _OF_RUN)
-            own = {name: value for name, value in decisive.items() if name not in _OF_RUN}
+            with reading(run / "run.json"):
+                about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+                decisive, of_study = about["decisive"], dict(about["settings"])
+                key = int(decisive["seed"]), str(decisive["method"]), str(decisive["arm"])
+                own = {name: value for name, value in decisive.items() if name not in _OF_RUN}
             if not shared:
-                shared, first, settings = own, run, about["settings"]
+                shared, first, settings = own, run, of_study
             for name, value in own.items():
                 if shared.get(name) != value:
                     raise ValueError(
@@ -80,10 +82,11 @@ def pooled(folders: Sequence[Path]) -> Pool:
     results = Results()
     wins: dict[tuple[str, str], dict[int, list[float]]] = {}
     for (seed, method, arm), run in sorted(found.items()):
-        results.points += points_of(run)
-        lines = read_json_lines(run / "answers.jsonl")
-        last = max((line["step"] for line in lines), default=0)
-        won = [line["win"] for line in lines if line["step"] == last and line["win"] is not None]
+        with reading(run):
+            results.points += points_of(run)
+            lines = read_json_lines(run / "answers.jsonl")
+            last = max((int(line["step"]) for line in lines), default=0)
+            won = [float(line["win"]) for line in lines if line["step"] == last and line["win"] is not None]
         if won:
             wins.setdefault((method, arm), {})[seed] = won
     return Pool(results, settings, wins, found)

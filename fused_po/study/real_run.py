@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po import __version__
+from fused_po.study.reading import reading
 from fused_po.study.real_data import Pairs, read_pairs
 from fused_po.study.real_g import g_of_run
 from fused_po.study.real_measure import Measure, read_json_lines, write_outputs
@@ -168,7 +169,8 @@ def claim(path: Path, now: dict[str, Any], about: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"decisive": now, **about}, indent=1) + "\n", encoding="utf-8")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["decisive"]
+    with reading(path):
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["decisive"])
     for name, value in now.items():
         if before.get(name) != value:
             was = "other data" if name == "data" else f"{name} {before.get(name)}, now it is {value}"
@@ -184,7 +186,7 @@ def measured(folder: Path, kind: str) -> set[int]:
 def points_of(folder: Path) -> list[Point]:
     """The numbers of a run."""
     return [
-        Point(line["seed"], line["method"], line["arm"], line["step"], name, value)
+        Point(int(line["seed"]), line["method"], line["arm"], int(line["step"]), name, float(value))
         for line in read_json_lines(folder / "points.jsonl")
         for name, value in line["values"].items()
     ]

@@ -14,8 +14,9 @@ from unittest import mock
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from fused_po.bench import paper_table, runner
-from fused_po.cli import doctor, main, profile_measure, study
+from fused_po.cli import doctor, main, profile_measure, study, study_real
 from fused_po.losses import names
+from fused_po.study import real_run
 from fused_po.trainers import loading
 from tests.fuzz.readers.common import Draw, Target, check_sentence
 
@@ -23,7 +24,9 @@ __all__ = ["COMMAND"]
 
 WORK = (
     (loading, "load_tokenizer"),
-    (study, "_seeds"),
+    (study, "run_all"),
+    (study_real, "_report"),
+    (real_run, "RealStudy"),
     (runner, "run_cases"),
     (paper_table, "report"),
     (doctor, "examine"),
@@ -93,7 +96,18 @@ FLAGS = {
     "study": (
         *("--output", "--seeds", "--first-seed", "--workers", "--quick", "--model", "--policy-loss", "--estimator"),
         *("--device", "--steps", "--checkpoints", "--largest", "--samples", "--minibatches", "--noise", "--beta"),
-        *("--hidden-size", "--layers", "--epsilon", "--ppo-lr", "--pairs", "--batch"),
+        *(
+            "--hidden-size",
+            "--layers",
+            "--epsilon",
+            "--ppo-lr",
+            "--pairs",
+            "--batch",
+            "--pool",
+            "--data",
+            "--eval-data",
+        ),
+        *("--reward", "--judge", "--method", "--arms", "--plan", "--dtype", "--held-out", "--final", "--optim"),
     ),
     "bench": (
         *("--cases", "--methods", "--device", "--seconds", "--stop-after", "--commit", "--output", "--paper"),

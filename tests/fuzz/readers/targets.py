@@ -8,7 +8,8 @@ from tests.fuzz.readers.command import COMMAND
 from tests.fuzz.readers.models import MODELS
 from tests.fuzz.readers.preferences import PREFERENCES
 from tests.fuzz.readers.results import RESULTS
+from tests.fuzz.readers.studies import STUDIES
 
 __all__ = ["TARGETS"]
 
-TARGETS = {**PREFERENCES, **COMMAND, **MODELS, **RESULTS}
+TARGETS = {**PREFERENCES, **COMMAND, **MODELS, **RESULTS, **STUDIES}
