@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_po.kernels import library
-from fused_po.kernels.contract import Coefficients, Span
+from fused_po.kernels.contract import Coefficients, Span, Transform
 from fused_po.testing import CASES
 from tests.kernels.test_rows import check, coefficients, interpreted_or_skip, make, plain_grad, run_all
 
@@ -47,6 +47,20 @@ def test_gradient(case, which, element, backend, device):
     out = turned(problem, element, triple, backend)
     check(out[:, : problem.vocab_size], naive, truth, "dL/dx")
     assert (out[:, problem.vocab_size :] == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_logit_scale(by_row, backend, device):
+    """In the slope of the logits, which the tile holds and the probabilities are divided by."""
+    interpreted_or_skip(backend, device)
+    problem = make("usual", "fp32", device)
+    temperatures = torch.linspace(0.7, 1.5, problem.x.shape[0], device=device) if by_row else None
+    problem = replace(problem, transform=Transform(0.9, temperatures, None, 0.3))
+    triple = coefficients(problem.x.shape[0], device, "cel", torch.float32)
+    truth = plain_grad(problem, torch.float64, triple)
+    naive = plain_grad(replace(problem, x=problem.x.bfloat16()), torch.bfloat16, triple)
+    check(turned(problem, "bf16", triple, backend)[:, : problem.vocab_size], naive, truth, "dL/dx")
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

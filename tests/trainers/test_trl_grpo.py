@@ -11,21 +11,22 @@ from fused_po.trainers.trl import FusedGRPOTrainer
 from tests.trainers.trl_runs import assert_same, run
 
 TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_target": 10.0}
 GRPO = {
     **{name: {"loss_type": name} for name in TYPES},
     **{f"{name}, sequence": {"loss_type": name, "importance_sampling_level": "sequence"} for name in TYPES},
     "beta": {"beta": 0.1},
     "beta, lora": {"beta": 0.1, "lora": True},
-    "entropy bonus": {"entropy_coef": 0.05},
-    "entropy bonus, grpo": {"loss_type": "grpo", "entropy_coef": 0.05},
+    "entropy bonus": {"entropy_coef": 20.0},
+    "entropy bonus, grpo": {"loss_type": "grpo", "entropy_coef": 20.0},
     "entropy quantile": {"top_entropy_quantile": 0.5},
     "clip": {"epsilon": 0.1, "epsilon_high": 0.2, "delta": 1.5},
     "off-policy mask": {"off_policy_mask_threshold": 0.001},
     "accumulation": {"gradient_accumulation_steps": 2, "loss_type": "dapo"},
-    "accumulation, grpo": {"gradient_accumulation_steps": 2, "loss_type": "grpo", "entropy_coef": 0.05},
+    "accumulation, grpo": {"gradient_accumulation_steps": 2, "loss_type": "grpo", "entropy_coef": 20.0},
     "lora": {"lora": True},
-    # no bonus in the first step, whose entropy nobody knows yet, then one
-    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 10.0},
+    # no bonus in the first step, whose entropy nobody knows yet, then one that outweighs the loss
+    "adaptive entropy": {**ADAPTIVE, "entropy_coef": 20.0, "entropy_coef_max": 40.0},
 }
 
 
