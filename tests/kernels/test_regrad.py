@@ -9,7 +9,7 @@ import torch
 
 from fused_po.kernels import library
 from fused_po.kernels.contract import Coefficients, Span
-from fused_po.testing import CASES
+from fused_po.testing import CASES, KernelCase
 from tests.kernels.test_rows import check, coefficients, interpreted_or_skip, make, plain_grad, run_all
 
 # wider tiles are never turned
@@ -47,6 +47,17 @@ def test_gradient(case, which, element, backend, device):
     out = turned(problem, element, triple, backend)
     check(out[:, : problem.vocab_size], naive, truth, "dL/dx")
     assert (out[:, problem.vocab_size :] == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_the_slope_of_rows_with_a_temperature_and_a_logit_scale(backend, device):
+    """It is the logit scale over the temperature of the row, and neither is 1."""
+    interpreted_or_skip(backend, device)
+    problem = KernelCase(5, 300, row_temperatures=True, logit_scale=1.5).make(torch.float32, device)
+    triple = coefficients(problem.x.shape[0], device, "cel", torch.float32)
+    naive = plain_grad(replace(problem, x=problem.x.to(torch.bfloat16)), torch.bfloat16, triple)
+    truth = plain_grad(problem, torch.float64, triple)
+    check(turned(problem, "bf16", triple, backend), naive, truth, "dL/dx")
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
