@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fused_po.cli import study_real
 from fused_po.cli.arguments import positive
 from fused_po.cli.progress import Watch, watched
 from fused_po.cli.seeds import run_all
@@ -34,8 +35,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("study", help="watch what DPO and PPO do, by the paper's G", epilog=_EPILOG)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="a new or empty folder, or that of a study to go on with")
-    add("--seeds", type=positive(int), help="independent repetitions, default 20, of --quick 3")
-    add("--first-seed", type=natural, metavar="N", help="seeds are N, N + 1, ..., default 1000")
+    add("--seeds", type=positive(int), help="independent repetitions, default 20, of --quick 3, with --data 3")
+    add("--first-seed", type=natural, metavar="N", help="seeds are N, N + 1, ..., default 1000, with --data 0")
     add("--pool", type=Path, nargs="+", default=[], metavar="DIR", help="studies whose seeds join this one's report")
     add("--workers", type=positive(int), help="seeds side by side, default a core each; 1 on a GPU")
     add("--quick", action="store_true", help="a smoke run of a minute, to see whether it works; it decides nothing")
@@ -50,6 +51,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--noise", type=float, default=argparse.SUPPRESS, metavar="X", help="share of wrong demonstrations, default 0.4"
     )
+    study_real.add_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         with watched("loading torch", total=1.0) as watch:
+            if arguments.data is not None or any((folder / "study.json").exists() for folder in arguments.pool):
+                return study_real.run(arguments, watch)
             return _studied(arguments, watch)
     except KeyboardInterrupt:
         words = f"seeds that had ended are kept in {arguments.output}, and the same command goes on with the rest"

@@ -8,30 +8,27 @@ to first order a step theta - eta grad L changes the mean NLL of D' by -eta G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fused_po.diagnostics.parts import (
-    Examples,
-    StatsOf,
-    accumulators,
-    gradients,
-    norm,
-    require_loss_tokens,
-    take_apart,
-)
+from fused_po.diagnostics.examples import Examples, StatsOf, require_loss_tokens
+from fused_po.diagnostics.gradients import accumulators, gradients, inner, norm, trained
+from fused_po.diagnostics.parts import ALL_PARTS, Taken, independent, require_parts, take_apart
+from fused_po.diagnostics.slopes import along, require_wide
 from fused_po.losses.contract import Loss, Named
 from fused_po.stats import Stats
 from fused_po.trainers.model import token_stats_of
 
 __all__ = ["Alignment", "by_layer", "gradient_alignment"]
 
-# length of a directional step over the length of the parameters
-STEPS = {torch.float64: 1e-5, torch.float32: 1e-3}
+# above this share of the sum of the sides' sizes, a directional G is worth a warning
+DOUBTFUL = 0.02
+# whose sizes an error is compared with
+SCALE = ("positive", "negative", "rest")
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,23 @@ class Alignment:
     """G of each part of a loss, by block of parameters.
 
     Attributes:
-        values: part -> block -> G. Parts are ``whole``; ``positive`` and ``negative``, its sides; ``top``, ``middle``
-            and ``bottom``, the thirds of the tokens with a side by the loss's own weight; and ``rest``, terms and
-            tokens without a side. whole = positive + negative + rest = top + middle + bottom + rest. Each stands there
-            a second time with "/no_reweighting" behind its name: with all weights replaced by their mean over the
-            batch.
+        values: part -> block -> G. Parts are ``whole``; ``positive`` and ``negative``, its sides; ``rest``, terms and
+            tokens without a side; ``top``, ``middle`` and ``bottom``, the thirds of the tokens with a side by the
+            loss's own weight; and ``positive/top``, ..., ``negative/bottom``, the thirds of one side.
+            whole = positive + negative + rest = top + middle + bottom + rest, and a side is the sum of its thirds.
+            Each stands there a second time with "/no_reweighting" behind its name: with all weights replaced by their
+            mean over D.
+        norms: of the gradient of D' and of that of the whole loss, where ``cosine`` asked for them.
+        error: how far the two steps of ``directional`` were apart, in the part where they differ most, and with
+            ``cosine`` the whole from its exact value: as a share of |positive| + |negative| + |rest|. None for
+            ``exact``.
+        target_nll: the mean NLL of D', of which G is the slope.
     """
 
     values: Mapping[str, Mapping[str, float]]
+    norms: tuple[float, float] | None = None
+    error: float | None = None
+    target_nll: float | None = None
 
     def __getitem__(self, part: str) -> float:
         """G of a part over all parameters.
@@ -59,6 +65,19 @@ class Alignment:
                 f"{part!r} is a block and not a part: values[PART][{part!r}] is its G, PART being 'whole', ..."
             )
         return sum(self.values[part].values())
+
+    def cosine(self, part: str = "whole") -> float:
+        """G of a part over the lengths of the two whole gradients: of the whole loss it is their cosine, and parts sum
+        as they do in G. 0 where a gradient is.
+
+        Raises:
+            KeyError: as above.
+            ValueError: measured without ``cosine``.
+        """
+        if self.norms is None:
+            raise ValueError("the lengths of the gradients were not asked for: gradient_alignment(..., cosine=True)")
+        product = self.norms[0] * self.norms[1]
+        return self[part] / product if product > 0 else 0.0
 
 
 def by_layer(name: str) -> str:
@@ -79,8 +98,10 @@ def gradient_alignment(
     *,
     method: str = "directional",
     reduction: str = "sequence",
+    parts: Sequence[str] = ALL_PARTS,
     blocks: Callable[[str], str] | None = None,
     step: float | None = None,
+    cosine: bool = False,
     stats: StatsOf = token_stats_of,
 ) -> Alignment:
     """G: the inner product of two gradients at the model's parameters, that of a loss (or of a part of it) on examples
@@ -89,23 +110,31 @@ def gradient_alignment(
 
     Args:
         model: any module; its parameters that require a gradient count. Put it into eval mode for G without dropout.
-        batches: D; the loss is the mean over the batches. Means and thirds of weights are those of each batch.
+        batches: D, cut so that a batch fits into memory: the loss is that of all batches as one call, and so are the
+            means and thirds of weights. Where to cut is a matter of memory alone; pairs must stay together.
         loss: from ``fused_po.losses.create``.
-        target: D'; side inputs are not read.
-        method: ``exact``, inner products of gradients, a forward and backward for each part; or ``directional``, the
-            change of all log-probs along the gradient of D', two forwards for all parts together.
+        target: D', cut likewise; side inputs are not read.
+        method: ``exact``, inner products of gradients, a backward for each part that is no sum of others; or
+            ``directional``, the change of all log-probs along the gradient of D', four forwards or more for all parts
+            together. It needs parameters of 32 bits or more, and warns where its two steps differ by more than 2 % of
+            the sum of the sides' sizes.
         reduction: of the NLL over D': ``sequence``, the mean over responses of their sums (the definition), or
             ``token``, the mean over tokens.
+        parts: which are wanted, as ``Alignment`` names them; default all. Fewer are cheaper in ``exact``.
         blocks: from a parameter's name to its block (``by_layer``); None: all in one, "all". ``directional`` takes
-            two forwards for each block.
-        step: length of a directional step over that of the block's parameters; default 1e-5 in float64, 1e-3 else.
+            its forwards for each block.
+        step: length of the larger step of ``directional`` over that of the block's parameters. None: it is looked
+            for, until a step and a quarter of it agree to 0.5 %.
+        cosine: also measure the lengths of both gradients: one more gradient in memory, and a backward of the whole
+            loss in ``directional``, which is then compared with its exact G.
         stats: ``stats(model, inputs, labels, outputs)``, differentiable statistics in the shape of labels; default
             for causal language models of transformers.
 
     Raises:
-        ValueError: D' or D that is no list of ``Examples`` or holds no loss token, ``blocks`` that is no function, a
-            label beyond the model's vocabulary (D' of another tokenizer), an unknown method or reduction, a model
-            without trainable parameters.
+        ValueError: D' or D that is no list of ``Examples`` or holds no loss token, batches that make no whole,
+            ``blocks`` that is no function, a label beyond the model's vocabulary (D' of another tokenizer), an unknown
+            method, reduction or part, a model without trainable parameters, or with ones that ``directional`` can't
+            move.
     """
     for name, value, known in (
         ("method", method, ("exact", "directional")),
@@ -120,36 +149,47 @@ def gradient_alignment(
             "blocks must be a function from a parameter's name to its block, such as fused_po.diagnostics.by_layer "
             f"(the function, not its name): got {blocks!r}"
         )
+    require_parts(parts)
     for name, given in (("target (D')", target), ("batches (D)", batches)):
         require_loss_tokens(name, given)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("no parameter of the model requires a gradient")
-    halves = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
-    if method == "directional" and halves:
-        raise ValueError(
-            f"directional needs parameters of 32 bits or more, a small step is lost in {halves[0]}: exact does not"
-        )
+    parameters = trained(model)
+    if method == "directional":
+        require_wide(parameters)
     block_of = {name: "all" if blocks is None else blocks(name) for name in parameters}
-    direction = _target_gradient(model, parameters, target, reduction, stats)
-    run = _Run(model, parameters, block_of, direction, loss, stats, step)
-    totals: dict[str, dict[str, float]] = {}
-    for examples in batches:
-        found = run.exact(examples) if method == "exact" else run.directional(examples)
-        for part, per_block in found.items():
-            into = totals.setdefault(part, dict.fromkeys(per_block, 0.0))
-            for block, alignment in per_block.items():
-                into[block] += alignment / len(batches)
-    return Alignment(Named("part", {part: Named("block", per_block) for part, per_block in totals.items()}))
+    direction, nll = _target_gradient(model, parameters, target, reduction, stats)
+    # an error is told as a share of the sides
+    wanted = tuple(dict.fromkeys((*parts, *(SCALE if method == "directional" else ()), *(["whole"] * cosine))))
+    sums = independent(wanted)
+    measured = tuple(dict.fromkeys(one for counts in sums.values() for one in counts))
+    run = _Run(model, batches, block_of, direction, loss, stats, take_apart(model, batches, loss, stats, (), measured))
+    found, norms, error = (
+        run.exact(measured, sums, cosine) if method == "exact" else run.directional(measured, sums, cosine, step)
+    )
+    values = {
+        part: Named("block", {b: _sum(counts, {one: found[one][b] for one in measured}) for b in run.blocks})
+        for part, counts in sums.items()
+        if part in parts
+    }
+    if error is not None and error > DOUBTFUL:
+        warnings.warn(
+            f"G along the gradient of D' is uncertain by {100 * error:.1f} % of the sum of its sides' sizes, its two "
+            "steps disagree; method='exact' takes none",
+            stacklevel=3,
+        )
+    return Alignment(Named("part", values), norms, error, nll)
+
+
+def _sum(counts: Mapping[str, int], values: Mapping[str, float]) -> float:
+    return float(sum(count * values[part] for part, count in counts.items()))
 
 
 def _target_gradient(
     model: nn.Module, parameters: Mapping[str, Tensor], target: Sequence[Examples], reduction: str, stats: StatsOf
-) -> dict[str, Tensor]:
-    """The gradient of the mean NLL of D'."""
+) -> tuple[dict[str, Tensor], float]:
+    """The gradient of the mean NLL of D', and that mean."""
     labels = [examples.labels for examples in target]
     counted = (one >= 0 if reduction == "token" else (one >= 0).any(-1) for one in labels)
-    count = sum(int(one.sum()) for one in counted)
+    count, nll = sum(int(one.sum()) for one in counted), 0.0
     total = accumulators(parameters)
     for examples in target:
         try:
@@ -157,10 +197,14 @@ def _target_gradient(
         except (ValueError, IndexError) as error:
             raise ValueError(f"D' does not fit the model (another tokenizer?): {error}") from error
         assert logp is not None
-        kept = torch.where(examples.labels >= 0, logp, 0.0)
-        for name, grad in gradients(-kept.sum() / count, parameters).items():
+        value = -torch.where(examples.labels >= 0, logp, 0.0).sum() / count
+        nll += value.item()
+        for name, grad in gradients(value, parameters).items():
             total[name] += grad
-    return total
+    return total, nll
+
+
+Found = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -168,60 +212,81 @@ class _Run:
     """Both estimators; the slopes of statistics and the gradients of parameters are taken along ``direction``."""
 
     model: nn.Module
-    parameters: Mapping[str, Tensor]
+    batches: Sequence[Examples]
     block_of: Mapping[str, str]
     direction: Mapping[str, Tensor]
     loss: Loss
     stats: StatsOf
-    step: float | None
+    taken: Taken
 
-    def exact(self, examples: Examples) -> dict[str, dict[str, float]]:
-        """part -> block -> G, by the inner products of gradients."""
-        taken = take_apart(self.model, examples, self.loss, self.stats)
-        found: dict[str, dict[str, float]] = {}
-        for part in taken.parts:
-            given = self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics)
-            of_part = gradients(taken.weighted(given, part), self.parameters)
-            found[part] = dict.fromkeys(self.block_of.values(), 0.0)
-            for name, grad in of_part.items():
-                found[part][self.block_of[name]] += (grad.double() * self.direction[name].double()).sum().item()
-        return found
+    @property
+    def blocks(self) -> list[str]:
+        return list(dict.fromkeys(self.block_of.values()))
 
-    def directional(self, examples: Examples) -> dict[str, dict[str, float]]:
-        """part -> block -> G, by the slopes of the statistics."""
-        taken = take_apart(self.model, examples, self.loss, self.stats)
-        found: dict[str, dict[str, float]] = {part: {} for part in taken.parts}
-        for block in dict.fromkeys(self.block_of.values()):
-            slopes = self._slopes(examples, block)
-            for part in taken.parts:
-                found[part][block] = 0.0 if slopes is None else taken.weighted(slopes, part).item()
-        return found
+    def exact(
+        self, measured: Sequence[str], sums: Mapping[str, Mapping[str, int]], cosine: bool
+    ) -> tuple[Found, tuple[float, float] | None, None]:
+        """part -> block -> G by the inner products of gradients, norms, and no error."""
+        found = {part: dict.fromkeys(self.blocks, 0.0) for part in measured}
+        parameters = trained(self.model)
+        whole = accumulators(parameters) if cosine else None
+        parts = [part for part in measured if not self.taken.is_zero(part)]
+        for index, examples in enumerate(self.batches):
+            if not parts:
+                break
+            given = self._stats(examples)
+            for part in parts:
+                value = self.taken.weighted(index, given, part)
+                for name, grad in gradients(value, parameters, keep=part is not parts[-1]).items():
+                    found[part][self.block_of[name]] += inner(grad, self.direction[name])
+                    if whole is not None and (count := sums["whole"].get(part)):
+                        whole[name].add_(grad, alpha=count)
+        return found, None if whole is None else self._norms(whole), None
 
-    def _slopes(self, examples: Examples, block: str) -> Stats | None:
-        """Of the statistics along the direction within one block; None where that is 0."""
-        own = {name: along for name, along in self.direction.items() if self.block_of[name] == block}
-        length = norm(own.values())
-        if length == 0.0:
-            return None
-        relative = self.step or STEPS.get(next(iter(own.values())).dtype, STEPS[torch.float32])
-        size = relative * (norm(self.parameters[name] for name in own) or 1.0) / length
-        ends = []
-        for sign in (1.0, -1.0):
-            with torch.no_grad(), _moved(self.parameters, own, sign * size):
-                ends.append(self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics))
-        ahead, behind = (end.present() for end in ends)
-        through = self.loss.differentiates
-        return Stats(**{name: (ahead[name].double() - behind[name].double()) / (2 * size) for name in through})
+    def directional(
+        self, measured: Sequence[str], sums: Mapping[str, Mapping[str, int]], cosine: bool, step: float | None
+    ) -> tuple[Found, tuple[float, float] | None, float]:
+        """part -> block -> G by the slopes of the statistics, norms, and the error over the sum of the sides."""
+        found: Found = {part: {} for part in measured}
+        parameters, apart = trained(self.model), 0.0
 
+        @torch.no_grad()
+        def measure() -> dict[str, float]:
+            values = dict.fromkeys(measured, 0.0)
+            for index, examples in enumerate(self.batches):
+                given = self._stats(examples)
+                for part in measured:
+                    values[part] += self.taken.weighted(index, given, part).item()
+            return values
 
-@contextmanager
-def _moved(parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], size: float) -> Iterator[None]:
-    """The parameters moved along a direction, and afterwards back to the bit."""
-    before = {name: parameters[name].detach().clone() for name in direction}
-    try:
-        for name, along in direction.items():
-            parameters[name].data.add_(along, alpha=size)
-        yield
-    finally:
-        for name, saved in before.items():
-            parameters[name].data.copy_(saved)
+        def scale(values: Mapping[str, float]) -> float:
+            return sum(abs(_sum(sums[part], values)) for part in SCALE)
+
+        for block in self.blocks:
+            own = {name: way for name, way in self.direction.items() if self.block_of[name] == block}
+            slopes, error = along(own, parameters, measure, scale, step)
+            for part, slope in slopes.items():
+                found[part][block] = slope
+            apart += error * scale(slopes)
+        total = {part: sum(per_block.values()) for part, per_block in found.items()}
+        size, norms = scale(total) or 1.0, None
+        if cosine:
+            whole, norms = self._whole()
+            apart = max(apart, abs(whole - _sum(sums["whole"], total)))
+        return found, norms, apart / size
+
+    def _whole(self) -> tuple[float, tuple[float, float]]:
+        """G of the whole loss by gradients, and their norms."""
+        parameters = trained(self.model)
+        taken = take_apart(self.model, self.batches, self.loss, self.stats, (), ("whole",))
+        total = accumulators(parameters)
+        for index, examples in enumerate(self.batches):
+            for name, grad in gradients(taken.weighted(index, self._stats(examples), "whole"), parameters).items():
+                total[name] += grad
+        return sum(inner(grad, self.direction[name]) for name, grad in total.items()), self._norms(total)
+
+    def _norms(self, whole: Mapping[str, Tensor]) -> tuple[float, float]:
+        return norm(self.direction.values()), norm(whole.values())
+
+    def _stats(self, examples: Examples) -> Stats:
+        return self.stats(self.model, examples.inputs, examples.labels, self.loss.statistics)

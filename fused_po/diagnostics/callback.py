@@ -8,8 +8,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fused_po.diagnostics.alignment import gradient_alignment
-from fused_po.diagnostics.parts import FLAT, PARTS, Examples, require_examples, require_loss_tokens
-from fused_po.losses.contract import Loss, meant
+from fused_po.diagnostics.examples import Examples, require_examples, require_loss_tokens
+from fused_po.diagnostics.parts import require_parts
+from fused_po.losses.contract import Loss
 
 __all__ = ["GradientAlignmentCallback"]
 
@@ -55,11 +56,7 @@ class GradientAlignmentCallback(TrainerCallback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1: got {every}")
-        known = {*PARTS, *(part + FLAT for part in PARTS)}
-        if unknown := [part for part in parts if part not in known]:
-            raise ValueError(
-                f"G has no part {unknown[0]!r}{meant(unknown[:1], known)}: it has {', '.join(PARTS)}, {FLAT}"
-            )
+        require_parts(parts)
         require_examples("batches (D)", batches)
         for examples in batches:
             loss.check(frozenset(examples.side_inputs))
@@ -98,7 +95,9 @@ class GradientAlignmentCallback(TrainerCallback):
         training = model.training
         model.eval()
         try:
-            found = gradient_alignment(model, self._batches, self._loss, self._target, **self._options)
+            found = gradient_alignment(
+                model, self._batches, self._loss, self._target, parts=self._parts, **self._options
+            )
         finally:
             model.train(training)
         numbers = {part: found[part] for part in self._parts}

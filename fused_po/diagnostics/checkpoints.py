@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ import torch
 from torch import nn
 
 from fused_po.diagnostics.alignment import Alignment, gradient_alignment
-from fused_po.diagnostics.parts import Examples, require_examples, require_loss_tokens
+from fused_po.diagnostics.examples import Examples, require_examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
-__all__ = ["alignment_over_checkpoints", "check_checkpoints"]
+__all__ = ["alignment_over_checkpoints", "check_checkpoints", "config_of"]
 
 Batches = Sequence[Examples] | Callable[[nn.Module, Path], Sequence[Examples]]
 
@@ -74,7 +77,7 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
     """Whether folders hold checkpoints of one model, without loading them.
 
     Args:
-        checkpoints: folders that ``save_pretrained`` wrote.
+        checkpoints: folders that ``save_pretrained`` wrote, of models or of adapters.
         tokenizer: compared with those saved beside the models; None: these are compared with each other.
 
     Returns:
@@ -98,29 +101,48 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
                     f"{folder} is no checkpoint of the model in {folders[0]}: {name} is {shape}, there {first[name]}"
                 )
     _check_tokenizers(folders, tokenizer)
+    return int(config_of(folders[0]).get_text_config().vocab_size)
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a checkpoint; of an adapter, that of its base model.
+
+    Raises:
+        ValueError: it can't be read.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folders[0]).get_text_config()
-    return int(config.vocab_size)
+    with _readable(folder):
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+        return AutoConfig.from_pretrained(base or folder)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What a broken file of a folder raises within, which has no common base, as ValueError that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder} can't be read: {textwrap.shorten(repr(error), 300)}") from None
 
 
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Of the weights in a folder, by name, from the heads of their files."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: a folder that save_pretrained wrote is wanted")
+    pattern = "adapter_model*.safetensors" if adapter else "model*.safetensors"
     found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} can't be read: {error}") from None
+    for file in sorted(folder.glob(pattern)):
+        with _readable(file), safe_open(file, framework="pt") as weights:
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     if not found:
-        raise ValueError(f"{folder} holds no model*.safetensors")
+        raise ValueError(f"{folder} holds no {pattern}")
     return found
 
 
@@ -131,7 +153,8 @@ def _check_tokenizers(folders: Sequence[Path], tokenizer: Any) -> None:
     for folder in folders:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             continue
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        with _readable(folder):
+            vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
         if wanted is None:
             wanted, whose = vocabulary, f"that of {folder}"
         if vocabulary != wanted:

@@ -14,15 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fused_po.diagnostics.parts import (
-    Examples,
-    StatsOf,
-    accumulators,
-    gradients,
-    norm,
-    require_loss_tokens,
-    take_apart,
-)
+from fused_po.diagnostics.examples import Examples, StatsOf, require_loss_tokens
+from fused_po.diagnostics.gradients import accumulators, gradients, inner, norm, trained
+from fused_po.diagnostics.parts import take_apart
 from fused_po.losses.contract import Loss
 from fused_po.trainers.model import token_stats_of
 
@@ -99,7 +93,7 @@ def learning_dynamics(
 
     Args:
         model: any module; its parameters that require a gradient count.
-        batches: the examples; a loss whose horizon is the batch sees each batch for itself.
+        batches: the examples; the loss is that of all of them as one call.
         loss: from ``fused_po.losses.create``.
         bins: of the histograms, 40.
         stats: as in ``gradient_alignment``.
@@ -111,41 +105,33 @@ def learning_dynamics(
     if bins < 1:
         raise ValueError(f"bins must be at least 1: got {bins}")
     require_loss_tokens("batches (D)", batches)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("no parameter of the model requires a gradient")
-    rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    answers: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    parameters = trained(model)
+    taken = take_apart(model, batches, loss, stats, ("max_logp", "is_top1"), ("whole", *SIDES))
+    c, logp = taken.parts["whole"].logp, taken.stats.logp
+    max_logp, top1 = taken.stats.max_logp, taken.stats.is_top1
+    assert c is not None and logp is not None and max_logp is not None and top1 is not None
+    table = torch.stack([logp.double(), max_logp.double().exp(), top1.double(), -c.double()])  # (4, N)
+    summed = taken.batch.sum_per_sequence(logp.double())  # (B,)
+    role = taken.batch.mean_per_sequence(taken.role.double())  # (B,)
     sums = {side: accumulators(parameters) for side in SIDES}
-    for examples in batches:
-        taken = take_apart(model, examples, loss, stats, also=("max_logp", "is_top1"))
-        c, (logp, max_logp, top1) = (
-            taken.parts["whole"].logp,
-            (taken.stats.logp, taken.stats.max_logp, taken.stats.is_top1),
-        )
-        assert c is not None and logp is not None and max_logp is not None and top1 is not None
-        table = torch.stack([logp.double(), max_logp.double().exp(), top1.double(), -c.double()])  # (4, N)
-        summed = taken.batch.sum_per_sequence(logp.double())  # (B,)
-        role = taken.batch.mean_per_sequence(taken.role.double())  # (B,)
+    for index, examples in enumerate(batches):
         given = stats(model, examples.inputs, examples.labels, loss.statistics)
-        for side, sign in SIDES.items():
-            rows[side].append(table[:, taken.role == sign].cpu())
-            answers[side].append(summed[role * sign > 0].cpu())
-            part = gradients(taken.weighted(given, side) / len(batches), parameters, keep=side != "negative")
+        for side in SIDES:
+            part = gradients(taken.weighted(index, given, side), parameters, keep=side != "negative")
             for name, grad in part.items():
                 sums[side][name] += grad
     norms = {side: norm(found.values()) for side, found in sums.items()}
-    inner = sum((sums["positive"][n].double() * sums["negative"][n].double()).sum().item() for n in parameters)
+    between = sum(inner(sums["positive"][name], sums["negative"][name]) for name in parameters)
     product = norms["positive"] * norms["negative"]
-    columns = {side: torch.cat(found, 1) for side, found in rows.items()}
+    columns = {side: table[:, taken.role == sign].cpu() for side, sign in SIDES.items()}
     means = {side: found.mean(1).tolist() for side, found in columns.items()}
     return Dynamics(
-        logp={side: torch.cat(found).mean().item() for side, found in answers.items()},
+        logp={side: summed[role * sign > 0].mean().item() for side, sign in SIDES.items()},
         token_logp={side: found[0] for side, found in means.items()},
         max_prob={side: found[1] for side, found in means.items()},
         is_top1={side: found[2] for side, found in means.items()},
         coefficients={side: _histogram(found[3], bins) for side, found in columns.items()},
-        offset_cosine=inner / product if product > 0 else math.nan,
+        offset_cosine=between / product if product > 0 else math.nan,
         offset_norms=norms,
     )
 

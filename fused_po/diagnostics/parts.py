@@ -1,84 +1,48 @@
-"""A batch under a model, taken apart: the coefficients of each part of a loss, and their gradients."""
+"""D under a model, taken apart: the coefficients of each part of a loss over the whole of D, however it is cut.
+
+Parts are sides, thirds by the loss's own weight, and thirds within a side. Few of them have to be measured: parts are
+sums of tokens, so the others are sums and differences of these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from fused_po.diagnostics.examples import Examples, Joined, StatsOf, joined
 from fused_po.kernels.contract import Coefficients
-from fused_po.losses.contract import Batch, Loss, listed, per_token
+from fused_po.losses.contract import Batch, Loss, meant, per_token
 from fused_po.ops.batches import Layout, call_batch, masked_stats
-from fused_po.ops.coefficients import coefficients
-from fused_po.ops.output import THIRDS, parts_of
+from fused_po.ops.coefficients import coefficients, sided_coefficients
 from fused_po.ops.planning import make_plan
-from fused_po.splits import Split
+from fused_po.splits import Split, tertiles
 from fused_po.stats import Stats
 
-__all__ = [
-    "FLAT",
-    "PARTS",
-    "Examples",
-    "StatsOf",
-    "Taken",
-    "accumulators",
-    "gradients",
-    "norm",
-    "require_examples",
-    "require_loss_tokens",
-    "take_apart",
-]
+__all__ = ["ALL_PARTS", "FLAT", "PARTS", "THIRDS", "Taken", "independent", "require_parts", "take_apart"]
 
-PARTS = ("whole", "positive", "negative", "rest", "top", "middle", "bottom")
+SIDES = {"positive": 1, "negative": -1}
+THIRDS = ("top", "middle", "bottom")
+PARTS = ("whole", *SIDES, "rest", *THIRDS, *(f"{side}/{third}" for side in SIDES for third in THIRDS))
 FLAT = "/no_reweighting"
-
-StatsOf = Callable[[nn.Module, Mapping[str, Any], Tensor, Sequence[str]], Stats]
-
-
-@dataclass(frozen=True, init=False)
-class Examples:
-    """A batch of examples: of D, on which a loss is taken, or of D', the responses of a final model.
-
-    Attributes:
-        inputs: what the model takes; (B, S) each for a causal language model.
-        labels: (B, S - 1) for a causal language model: already shifted, -100 ignored. Pairs: first half chosen.
-        side_inputs: what the loss reads, as in ``linear_loss``, in one mapping.
-
-    Raises:
-        TypeError: side inputs as keywords of their own.
-    """
-
-    inputs: Mapping[str, Any]
-    labels: Tensor
-    side_inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __init__(
-        self, inputs: Mapping[str, Any], labels: Tensor, side_inputs: Mapping[str, Any] | None = None, **others: Any
-    ) -> None:
-        if others:
-            shown = ", ".join(f'"{name}": ...' for name in others)
-            raise TypeError(
-                f"Examples takes side inputs in one mapping, Examples(inputs, labels, {{{shown}}}): "
-                f"got {listed(others)} as keywords"
-            )
-        object.__setattr__(self, "inputs", inputs)
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "side_inputs", {} if side_inputs is None else side_inputs)
+ALL_PARTS = (*PARTS, *(part + FLAT for part in PARTS))
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A batch at the model's parameters, packed: N rows that carry loss.
+    """D at the model's parameters, packed: N rows that carry loss.
 
     Attributes:
         layout: where the rows lie.
         stats: what the loss reads of them, (N,) each.
         batch: what else it reads.
         role: (N,), the side of each row.
-        parts: the coefficients of each part, ``PARTS`` and the same with ``FLAT`` behind.
+        parts: the coefficients of each part that was asked for, (N,).
+        thirds: the tokens of each third and of each third of a side, (N,) bool.
+        joined: the batches that D came in.
     """
 
     layout: Layout
@@ -86,95 +50,188 @@ class Taken:
     batch: Batch
     role: Tensor
     parts: Mapping[str, Coefficients]
+    thirds: Mapping[str, Tensor]
+    joined: Joined
 
-    def weighted(self, given: Stats, part: str) -> Tensor:
-        """The part's coefficients times statistics in the shape of labels, (): what has the part's gradient."""
+    def is_zero(self, part: str) -> bool:
+        """Whether no token has a coefficient in it."""
+        return not any(bool(c.any()) for c in self.parts[part] if c is not None)
+
+    def weighted(self, index: int, given: Stats, part: str) -> Tensor:
+        """The part's coefficients times statistics of one batch, in the shape of its labels, summed, (), float64: over
+        all batches, this has the gradient of the part.
+        """
         total: Tensor | None = None
         for name, c in zip(("logp", "entropy", "lse"), self.parts[part], strict=True):
-            if c is not None:
-                values = self.layout.rows.gather(getattr(given, name).reshape(-1))
-                term = (c.double() * values.double()).sum()
-                total = term if total is None else total + term
+            if c is None:
+                continue
+            whole = c.new_zeros(self.joined.labels.numel(), dtype=torch.float64)
+            self.layout.rows.scatter(whole, c.double())
+            own = self.joined.part(index, whole.reshape(self.joined.labels.shape))
+            # 0 times minus infinity is no number
+            term = (own * torch.where(own != 0.0, getattr(given, name).double(), 0.0)).sum()
+            total = term if total is None else total + term
         assert total is not None
         return total
 
 
 @torch.no_grad()
-def take_apart(model: nn.Module, examples: Examples, loss: Loss, stats: StatsOf, also: Sequence[str] = ()) -> Taken:
-    """The coefficients of each part of a loss at the model's parameters; ``also`` names further statistics.
+def take_apart(
+    model: nn.Module,
+    batches: Sequence[Examples],
+    loss: Loss,
+    stats: StatsOf,
+    also: Sequence[str] = (),
+    parts: Sequence[str] = ALL_PARTS,
+) -> Taken:
+    """The coefficients of parts of a loss at the model's parameters, over all batches as one call: means, thirds and
+    normalisers are those of the whole of D, and a loss that compares what is in a batch sees all of it.
+
+    Thirds are of equal size by the loss's own weight: of the answers where the loss weighs answers, of the tokens
+    where it weighs tokens. Equal weights have no order, and the order of D would sort them by side. They go in an order
+    that is drawn once, pair by pair, so that the two answers of a pair, and the tokens of an answer, stay together.
+
+    Args:
+        also: further statistics.
+        parts: names from ``ALL_PARTS``.
 
     Raises:
-        ValueError: side inputs that are missing or of another shape.
+        ValueError: side inputs that are missing, of another shape or at odds with each other.
     """
-    loss.check(frozenset(examples.side_inputs))
-    layout = Layout.of(examples.labels, make_plan(examples.labels))
+    for examples in batches:
+        loss.check(frozenset(examples.side_inputs))
+    whole = joined(batches)
+    layout = Layout.of(whole.labels, make_plan(whole.labels))
     outputs = tuple(dict.fromkeys((*loss.statistics, *also)))
-    given = stats(model, examples.inputs, examples.labels, outputs)
-    packed = Stats(**{name: layout.rows.gather(v.reshape(-1)) for name, v in given.present().items()})
+    found = [stats(model, one.inputs, one.labels, outputs).present() for one in batches]
+    table = {name: whole.join([one[name] for one in found]) for name in outputs}
+    packed = Stats(**{name: layout.rows.gather(value.reshape(-1)) for name, value in table.items()})
     packed = masked_stats(packed, layout.mask)
     assert packed.logp is not None
-    batch = call_batch(layout, examples.side_inputs, None, None, packed.logp.dtype)
-    thirds = parts_of(THIRDS, loss, packed, batch)
-    found = _parts("", loss, packed, batch, thirds, "identity")
-    found |= _parts(FLAT, loss, packed, batch, thirds, "none")
-    return Taken(layout, packed, batch, per_token(loss.role(batch), batch, "role", loss), found)
+    batch = call_batch(layout, whole.side_inputs, None, None, packed.logp.dtype)
+    role = per_token(loss.role(batch), batch, "role", loss)
+    own = _sides(loss, packed, batch, "identity")
+    masks = _masks(loss, packed, batch, role, own)
+    found_of: dict[str, Coefficients] = {}
+    for suffix, reweight in (("", "identity"), (FLAT, "none")):
+        wanted = [part for part in PARTS if part + suffix in parts]
+        if wanted:
+            sides = own if not suffix else _sides(loss, packed, batch, reweight)
+            found_of |= {part + suffix: _part(part, sides, masks) for part in wanted}
+    return Taken(layout, packed, batch, role, found_of, masks, whole)
 
 
-def _parts(
-    suffix: str, loss: Loss, stats: Stats, batch: Batch, thirds: Tensor, reweight: str
-) -> dict[str, Coefficients]:
+def _sides(loss: Loss, stats: Stats, batch: Batch, reweight: str) -> dict[str, Coefficients]:
+    """The whole, its sides and the rest, as the split tells them apart: in a loss of several parts a token may have
+    two sides.
+    """
+
     def under(positive: float, negative: float) -> Coefficients:
-        split = Split(positive, negative, reweight=reweight, population="batch")
-        return coefficients(loss, stats, batch, split)[1]
+        return coefficients(loss, stats, batch, Split(positive, negative, reweight=reweight, population="batch"))[1]
 
-    whole, rest = under(1.0, 1.0), under(0.0, 0.0)
-    assert whole.logp is not None and rest.logp is not None
-    sided = whole.logp - rest.logp
-    found = {"whole": whole, "rest": rest}
-    for name, split in (("positive", (1.0, 0.0)), ("negative", (0.0, 1.0))):
-        c = under(*split).logp
-        assert c is not None
-        found[name] = Coefficients(c - rest.logp)
-    for index, name in enumerate(THIRDS[:3]):
-        found[name] = Coefficients(torch.where(thirds == index, sided, 0.0))
-    return {f"{name}{suffix}": found[name] for name in PARTS}
+    found = {"whole": under(1.0, 1.0), "rest": under(0.0, 0.0)}
+    for name, gains in (("positive", (1.0, 0.0)), ("negative", (0.0, 1.0))):
+        found[name] = Coefficients(_logp(under(*gains)) - _logp(found["rest"]))
+    return found
 
 
-def gradients(value: Tensor, parameters: Mapping[str, Tensor], keep: bool = False) -> dict[str, Tensor]:
-    """Of a scalar in each parameter, 0 where it does not depend on one; ``keep`` keeps the graph."""
-    found = torch.autograd.grad(value, list(parameters.values()), retain_graph=keep, allow_unused=True)
-    pairs = zip(parameters.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+def _part(part: str, sides: Mapping[str, Coefficients], masks: Mapping[str, Tensor]) -> Coefficients:
+    if part in sides:
+        return sides[part]
+    side = part.partition("/")[0]
+    c = _logp(sides[side]) if side in SIDES else _logp(sides["whole"]) - _logp(sides["rest"])
+    return Coefficients(torch.where(masks[part], c, 0.0))
 
 
-def accumulators(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros to add gradients to, in float32 at least: a half loses what is added to a large sum."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
-    }
+def _logp(found: Coefficients) -> Tensor:
+    assert found.logp is not None
+    return found.logp
 
 
-def require_examples(name: str, batches: object) -> None:
-    """Raise ValueError for what is no sequence of ``Examples``."""
-    if isinstance(batches, Examples):
-        raise ValueError(f"{name} must be a list of Examples: got one Examples, write [examples]")
-    # it is read more than once
-    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
-        raise ValueError(f"{name} must be a list of Examples: got {type(batches).__name__}")
-    for item in batches:
-        if not isinstance(item, Examples):
-            raise ValueError(
-                f"{name} must hold Examples, Examples(inputs, labels, side_inputs): got {type(item).__name__}"
-            )
+def _masks(
+    loss: Loss, stats: Stats, batch: Batch, role: Tensor, sides: Mapping[str, Coefficients]
+) -> dict[str, Tensor]:
+    """(N,) bool by third, the tokens of it."""
+    weight = loss.weight(sided_coefficients(loss, stats, batch), batch)
+    order = _tie_order(batch)
+    if loss.weighs_sequences:
+        weight = batch.mean_per_sequence(weight)
+    else:
+        # tokens in the order of their answers
+        order = batch.spread(_inverse(order)).argsort(stable=True)
+    back = _inverse(order)
+
+    def thirds(own: Tensor) -> Tensor:
+        """Of the tokens (N,) that a mask names, by index into ``THIRDS``; 3 for others."""
+        members = batch.sum_per_sequence(own.double()) > 0 if loss.weighs_sequences else own
+        # those outside make a group of their own
+        found = tertiles(weight[order], (~members).long()[order])[back]
+        found = batch.spread(found) if loss.weighs_sequences else found
+        return torch.where(own, 2 - found, 3)
+
+    groups = {"": role != 0}
+    groups |= {f"{side}/": (role == sign) | (_logp(sides[side]) != 0) for side, sign in SIDES.items()}
+    found = {prefix: thirds(own & batch.loss_tokens()) for prefix, own in groups.items()}
+    return {prefix + third: one == index for prefix, one in found.items() for index, third in enumerate(THIRDS)}
 
 
-def require_loss_tokens(name: str, batches: Iterable[Examples]) -> None:
-    """Raise ValueError where no label of any batch counts, or for what is no sequence of ``Examples``."""
-    require_examples(name, batches)
-    if not any(bool((examples.labels >= 0).any()) for examples in batches):
-        raise ValueError(f"{name} holds no loss token")
+def _tie_order(batch: Batch) -> Tensor:
+    """The sequences (B,) in the order of equals: pairs in an order that is drawn, each in one piece."""
+    count, device = batch.segments.shape[0], batch.segments.device
+    halves = 2 if count % 2 == 0 else 1
+    drawn = torch.randperm(count // halves, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.stack([drawn + index * (count // halves) for index in range(halves)], 1).reshape(-1)
 
 
-def norm(tensors: Iterable[Tensor]) -> float:
-    """Of all tensors together."""
-    return sum(t.detach().double().square().sum().item() for t in tensors) ** 0.5
+def _inverse(order: Tensor) -> Tensor:
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
+
+
+@cache
+def independent(parts: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """The fewest parts that have to be measured for some to be known, and how: part -> measured part -> how often it
+    counts. All of ``PARTS`` take nine.
+
+    Args:
+        parts: names from ``ALL_PARTS``.
+    """
+    columns = {part: _cells(part) for part in (*reversed(PARTS), *(one + FLAT for one in reversed(PARTS)))}
+    columns = {part: cells for part, cells in columns.items() if part in parts}
+    measured: list[str] = []
+    for part in columns:
+        table = torch.stack([columns[one] for one in (*measured, part)])
+        if int(torch.linalg.matrix_rank(table)) > len(measured):
+            measured.append(part)
+    table = torch.stack([columns[one] for one in measured], 1)
+    found = {}
+    for part in parts:
+        counts = torch.linalg.lstsq(table, columns[part].unsqueeze(1)).solution[:, 0].round().int().tolist()
+        found[part] = {one: count for one, count in zip(measured, counts, strict=True) if count}
+    return found
+
+
+def _cells(part: str) -> Tensor:
+    """Which tokens a part holds, by side, third within the side and third of all; the last cell is the rest. The same
+    again with equal weights, but for the rest, which has none.
+    """
+    name, _, flat = part.partition("/no")
+    grid = torch.zeros(2, 2, 3, 3, dtype=torch.float64)  # equal weights or not, side, third of the side, third of all
+    kind, first, second = int(bool(flat)), *[*name.split("/"), ""][:2]
+    for index, side in enumerate(SIDES):
+        for within, third in enumerate(THIRDS):
+            for among, other in enumerate(THIRDS):
+                inside = first in ("whole", other) or (first == side and second in ("", third))
+                grid[kind, index, within, among] = inside
+    return torch.cat([grid.reshape(-1), grid.new_tensor([first in ("whole", "rest")])])
+
+
+def require_parts(parts: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none of ``ALL_PARTS``, or for none at all."""
+    unknown = [part for part in parts if part not in ALL_PARTS]
+    if unknown:
+        known = ", ".join(PARTS)
+        raise ValueError(f"G has no part {unknown[0]!r}{meant(unknown[:1], ALL_PARTS)}: it has {known}, {FLAT}")
+    if not parts:
+        raise ValueError("no part of G asked for")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_po.diagnostics.parts import FLAT, Examples, Taken, take_apart
+from fused_po.diagnostics import Examples
+from fused_po.diagnostics.parts import FLAT, Taken, take_apart
 from fused_po.losses import Loss
 from fused_po.splits import tertiles
 from fused_po.study.estimates import ratio
@@ -58,7 +59,7 @@ class Tokens:
     @staticmethod
     def of(model: nn.Module, examples: Examples, loss: Loss) -> Tokens:
         """Those of a batch."""
-        taken = take_apart(model, examples, loss, token_stats_of)
+        taken = take_apart(model, [examples], loss, token_stats_of, parts=("whole", f"whole{FLAT}"))
         whole, flat, logp = taken.parts["whole"].logp, taken.parts[f"whole{FLAT}"].logp, taken.stats.logp
         assert whole is not None and flat is not None and logp is not None
         mask = examples.labels >= 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_po.study.reading import reading
 from fused_po.study.report import read_results, write_results
 from fused_po.study.run import Results
 
@@ -76,17 +77,18 @@ class Store:
         results, seconds = Results(), 0.0
         for seed in seeds:
             own = self.folder / "seeds" / str(seed)
-            results += read_results(own)
-            seconds += float((own / "seconds.txt").read_text(encoding="utf-8"))
+            with reading(own):
+                results += read_results(own)
+                seconds += float((own / "seconds.txt").read_text(encoding="utf-8"))
         return results, seconds
 
     def _known(self) -> Mapping[str, Any] | None:
-        try:
-            known: Mapping[str, Any] = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = self.folder / "settings.json"
+        if not path.exists():
             return None
-        except (json.JSONDecodeError, NotADirectoryError) as error:
-            raise ValueError(f"{self.folder} is no study: {error}") from None
+        with reading(path):
+            known: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            known.keys()
         return known
 
     def _compare(self, known: Mapping[str, Any]) -> None:
