@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 __all__ = ["Outcome", "run_all"]
@@ -108,11 +108,15 @@ def _serve(
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     logging.disable_progress_bar()
+    parent = parent_process()
     while (given := waiting.get()) is not None:
         place, seed = given
 
         def advance(updates: int, place: int = place) -> None:
             done[place] += updates
+            # killed, it could not end its processes
+            if parent is not None and not parent.is_alive():
+                raise SystemExit(1)
 
         try:
             work(seed, advance)

@@ -170,7 +170,7 @@ def _say(findings: Sequence[Any], output: Path) -> None:
     from fused_po.study.report import in_words, result
 
     tested = [one for one in findings if one.claim.confirmatory]
-    (output / "verdicts.md").write_text(in_words(findings, "study/plots") + "\n", encoding="utf-8")
+    (output / "verdicts.md").write_text(in_words(findings, "study/plots"), encoding="utf-8")
     for one in tested:
         print(f"{one.verdict:>14}: {one.claim.text} ({one.text})")
     print(result(findings, len(tested[0].values)).replace("*", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,9 @@ def two_sided_p(values: numpy.ndarray) -> numpy.ndarray:
     alike = (values == first).all(-1)
     if values.shape[-1] < 2:
         return numpy.full(values.shape[:-1], math.nan)
-    # scipy warns of numbers that are all alike, and of infinite ones
-    with numpy.errstate(all="ignore"):
+    # scipy warns of numbers that are nearly alike, and of infinite ones
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
         kept = numpy.where(alike[..., None], numpy.arange(values.shape[-1], dtype=float), values)
         kept = numpy.where(numpy.isfinite(values).all(-1, keepdims=True), kept, math.nan)
         p = stats.ttest_1samp(kept, 0.0, axis=-1).pvalue
@@ -82,8 +84,7 @@ class Estimate:
         if not error > 0.0:
             return Estimate(mean)
         n, freedom = len(values), len(values) - 1
-        interval = stats.ttest_1samp(values, 0.0).confidence_interval(1.0 - LEVEL)
-        low, high = float(interval.low), float(interval.high)
+        low, high = map(float, stats.t.interval(1.0 - LEVEL, freedom, mean, error))
         if freedom < 2:
             return Estimate(mean, low, high)
         correction = special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2) - math.log(freedom / 2) / 2

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fused_po.diagnostics import Examples
 from fused_po.diagnostics.parts import FLAT, Taken, take_apart
 from fused_po.losses import Loss
-from fused_po.splits import tertiles
 from fused_po.study.estimates import ratio
 from fused_po.trainers.model import token_stats_of
 
@@ -65,7 +64,7 @@ class Tokens:
         mask = examples.labels >= 0
         place = 3 * (mask.long().cumsum(1) - 1) // mask.long().sum(1, keepdim=True).clamp(min=1)  # (B, S)
         position = taken.layout.rows.gather(place.reshape(-1))
-        return Tokens(whole.double(), flat.double(), taken.role, logp.double(), _thirds(taken, loss), position, taken)
+        return Tokens(whole.double(), flat.double(), taken.role, logp.double(), _thirds(taken, whole), position, taken)
 
     def padded(self, values: Tensor) -> Tensor:
         """Numbers of the tokens, (N,), in the shape of the labels, 0 elsewhere."""
@@ -79,22 +78,14 @@ class Tokens:
         return self.taken.layout.rows.gather(values.reshape(-1))
 
 
-def _thirds(taken: Taken, loss: Loss) -> Tensor:
-    batch, side = taken.batch, (taken.role > 0).long()
-    whole = taken.parts["whole"].logp
-    assert whole is not None
-    weight = loss.weight(whole, batch).double()
-    if loss.weighs_sequences:
-        samples, sides = batch.mean_per_sequence(weight), (batch.mean_per_sequence(taken.role.double()) > 0).long()
-        found = batch.spread(tertiles(samples, sides))
-    else:
-        found = tertiles(weight, side)
-    # the largest come first here
-    found = 2 - found
-    for index in (0, 1):
-        own = weight[side == index]
-        if own.numel() and own.max() - own.min() <= 1e-6 * own.max():
-            found = torch.where(side == index, -1, found)
+def _thirds(taken: Taken, c: Tensor) -> Tensor:
+    """Those of the diagnostics, where the weights of a side tell its tokens apart at all."""
+    found = torch.full_like(taken.role, -1, dtype=torch.int64)
+    for side, sign in SIDES.items():
+        sizes = c[taken.role * sign > 0].abs()
+        if sizes.numel() and sizes.max() - sizes.min() > 1e-6 * sizes.max():
+            for index, third in enumerate(THIRDS):
+                found[(taken.role * sign > 0) & taken.thirds[f"{side}/{third}"]] = index
     return found
 
 

@@ -70,9 +70,16 @@ def first_at(grid: ndarray, x: ndarray, y: ndarray) -> ndarray:
     return numpy.interp(grid, x[new], y[new])
 
 
+def _named(curves: Curves, method: str, start: str) -> list[str]:
+    found = [name for name in curves.metrics(method) if name.startswith(start)]
+    if not found:
+        raise KeyError(start)
+    return found
+
+
 def _later(curves: Curves, method: str) -> ndarray:
     """The mean cosine between a checkpoint's update and answers of every later checkpoint but the last."""
-    names = [name for name in curves.metrics(method) if name.startswith("time/")]
+    names = _named(curves, method, "time/")
     steps = curves.steps(method, names[0])
     cells = [
         curves.array(method, f"time/{after}")[..., index]
@@ -100,8 +107,7 @@ def _thirds(method: str, side: str) -> Measure:
 
 def _spread(curves: Curves, method: str) -> ndarray:
     """The standard deviation of G between draws of D' over its mean size, both over the way."""
-    draws = [curves.array(method, name)[..., 1:-1] for name in curves.metrics(method) if name.startswith("G/final ")]
-    stacked = numpy.stack(draws)
+    stacked = numpy.stack([curves.array(method, name)[..., 1:-1] for name in _named(curves, method, "G/final ")])
     size: ndarray = mean_of(stacked.std(0, ddof=1)) / mean_of(numpy.abs(stacked.mean(0)))
     return size
 

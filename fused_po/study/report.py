@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -117,20 +118,36 @@ def result(findings: Sequence[Finding], seeds: int) -> str:
 
 
 def in_words(findings: Sequence[Finding], plots: str) -> str:
-    """The verdicts as a Markdown list, supported ones first; ``plots`` leads to the folder of the plots."""
-    order = ("supported", "contradicted", "not shown")
-    shown = [one for one in findings if one.claim.confirmatory]
-    shown.sort(key=lambda one: order.index(one.verdict) if one.verdict in order else len(order))
-    lines = []
-    for one in shown:
-        claim = one.claim
-        note = f" {claim.note}" if claim.note else ""
-        lines.append(
-            f"- **{one.verdict}**: {claim.text} Measured: {claim.number}; {one.text}, effect size "
-            f"{one.estimate.effect}, p {one.chance}. Said by {claim.source}.{note} "
-            f"([plot]({plots}/{claim.figure}.png))"
-        )
-    return "\n".join(lines)
+    """The outcome as Markdown, by verdict, and what was looked at besides; ``plots`` leads to the plots' folder."""
+    parts = [result(findings, len(findings[0].values))]
+    tested = [one for one in findings if one.claim.confirmatory]
+    for verdict in sorted({one.verdict for one in tested}, key=lambda one: (one != "supported", one)):
+        lines = [
+            f"**{verdict}**: {one.claim.text} Measured: {one.claim.number}; {one.text}, effect size "
+            f"{one.estimate.effect}, p {one.chance}. Said by {one.claim.source}. {one.claim.note}"
+            for one in tested
+            if one.verdict == verdict
+        ]
+        shown = [one for one in tested if one.verdict == verdict]
+        parts += [f"## {verdict.capitalize()}", _items(lines, shown, plots)]
+    looked = [one for one in findings if not one.claim.confirmatory]
+    if looked:
+        lines = [f"{one.claim.text} {one.claim.number.capitalize()}: {one.text}." for one in looked]
+        parts += [
+            "## Looked at besides",
+            "Without verdicts; above 0, what is said is so.",
+            _items(lines, looked, plots),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _items(lines: Sequence[str], findings: Sequence[Finding], plots: str) -> str:
+    items = [
+        f"- {line.strip()} ([plot]({plots}/{one.claim.figure}.png))" for line, one in zip(lines, findings, strict=True)
+    ]
+    return "\n".join(
+        textwrap.fill(one, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for one in items
+    )
 
 
 def _write_claims(findings: Sequence[Finding], seeds: Sequence[int], path: Path) -> None:
