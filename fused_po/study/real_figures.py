@@ -24,6 +24,9 @@ _PANELS = {
     "entropy/held_out": "entropy per token (nats)",
 }
 
+# nats, from which on a scale becomes logarithmic
+LARGE = 10.0
+
 Rates = Mapping[tuple[str, str], tuple[float, float, float]]
 
 
@@ -114,7 +117,7 @@ def _arms(method: str) -> Callable[[Any, Curves, Results], None]:
                     values = curves.array(method, metric, arm)
                     band(axis, curves.steps(method, metric, arm), values, name, number)
             frame(axis, "", label)
-            if metric.startswith(("kl", "dpo_loss")):
+            if metric.startswith(("kl", "dpo_loss")) and axis.get_ylim()[1] > LARGE:
                 # an arm that collapses would flatten the others
                 axis.set_yscale("symlog", linthresh=1.0)
         for axis in axes[len(shown) :]:
