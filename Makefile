@@ -7,10 +7,12 @@ DECLARED := pyproject.toml setup.py constraints.txt
 DEMO := demo-output
 # processes that share the tests, as pytest-xdist has it; each needs 2 GiB
 WORKERS ?= logical
+# of each target of the fuzzer
+SECONDS ?= 60
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint format bench site hooks clean
+.PHONY: help demo test nightly fuzz lint format bench site hooks clean
 # two installations into one .venv must not run side by side
 .NOTPARALLEL:
 
@@ -26,6 +28,10 @@ test: $(VENV)/.development  ## run the tests that need no GPU
 
 nightly: $(VENV)/.development  ## run them with the products of their parameters in full
 	$(PYTEST) -m "not gpu and not large"
+
+fuzz: $(VENV)/.development  ## feed the readers of files and the command line with bytes, SECONDS each
+	$(PIP) install 'atheris>=3.0'
+	$(BIN)/python -m tests.fuzz.readers --seconds $(SECONDS)
 
 lint: $(VENV)/.development  ## check style and types
 	$(BIN)/ruff check .
@@ -49,7 +55,7 @@ hooks: $(VENV)/.development  ## let git run the checks of make lint before each 
 	$(BIN)/pre-commit install
 
 clean:  ## remove what was built and cached; .venv stays
-	rm -rf build dist site *.egg-info $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info $(DEMO) bench-output .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fused_po/_cuda*.so
 	find fused_po scripts tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 

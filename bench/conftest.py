@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_po.bench.cases import choose
-from fused_po.bench.methods import NAMES
+from fused_po.bench.competitors import NAMES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

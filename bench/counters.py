@@ -9,13 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fused_po.prices import device
+
 __all__ = ["section"]
 
 COUNTS = Path(__file__).with_name("counts.json")
 # an H200: multiprocessors, clock, and what one of them issues in a clock
 MULTIPROCESSORS, CLOCK = 132, 1.98e9
 LANES, SPECIAL_LANES = 4 * 32, 16
-BANDWIDTH = 4.3e12
+BANDWIDTH = device("h200").bandwidth
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BACKENDS = {"cuda": "CUDA", "triton": "Triton"}
 WANTED = {

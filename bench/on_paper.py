@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from bench import paper_g
 from bench.prose import prose
-from fused_po.bench import paper_g
+from bench.record_paper import routes, trl_on
 from fused_po.bench.paper import CASES, PaperCase
-from fused_po.bench.paper_peers import counted_with, recorded
-from fused_po.bench.paper_table import figures, read
+from fused_po.bench.paper_peers import counted_with
 from fused_po.prices import device
 
 __all__ = ["g_section", "paper_section"]
@@ -16,8 +16,8 @@ NOT_RUN = "None of it has run on a GPU yet; `fused-po bench --paper h200` measur
 
 
 def paper_section() -> list[str]:
-    """From bench/results/paper, which ``python -m fused_po.bench.paper_table --record`` writes."""
-    found, used = read(), counted_with()
+    """From bench/results/paper, which ``python -m bench.record_paper`` writes."""
+    found, used = routes(), counted_with()
     on = device(found["on_paper"])
     ran = any(row["measured"] is not None for row in found["cases"].values())
     lines = [
@@ -39,9 +39,8 @@ def paper_section() -> list[str]:
         "|---|---|---|---|---|---|---|" + ("---|" if ran else ""),
     ]
     for name, row in found["cases"].items():
-        case, peer = CASES[name], recorded("trl", name)
+        case, other = CASES[name], trl_on(on, name)
         limit = "" if case.limit is None else f"{case.limit:.2f} x"
-        other = None if peer is None else figures(peer, on)
         theirs = " | " if other is None else f"{other['over_bare']:.2f} x | {other['scratch_bytes'] / GIB:.2f}"
         got = "not run" if row["measured"] is None else f"{row['measured']['over_bare']:.2f} x"
         lines.append(
@@ -52,7 +51,7 @@ def paper_section() -> list[str]:
 
 
 def g_section() -> list[str]:
-    """From bench/results/paper/g.json, which ``python -m fused_po.bench.paper_g`` writes."""
+    """From bench/results/paper/g.json, which ``python -m bench.paper_g`` writes."""
     lines = [
         "## G of a pretrained model, on paper",
         "",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.prose import prose
+from bench.record_paper import routes, trl_on
 from fused_po.bench.paper import CASES
-from fused_po.bench.paper_peers import counted_with, recorded
-from fused_po.bench.paper_table import figures, read
+from fused_po.bench.paper_peers import counted_with
 from fused_po.prices import device
 
 __all__ = ["README", "block", "with_block"]
@@ -34,7 +34,7 @@ def block(measured: Mapping[str, Any]) -> str:
     Args:
         measured: bench/results/cpu_vs_trl.json, whose first case is shown.
     """
-    found, used = read(), counted_with()
+    found, used = routes(), counted_with()
     on = device(found["on_paper"])
     case = CASES["dpo"]
     lines = [
@@ -48,10 +48,8 @@ def block(measured: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, words in SHOWN.items():
-        ours, peer = found["cases"][name], recorded("trl", name)
-        assert peer is not None
-        theirs = figures(peer, on)
-        cells = [f"{row['over_bare']:.2f} x | {row['scratch_bytes'] / GIB:.2f} GiB" for row in (ours, theirs)]
+        both = (found["cases"][name], trl_on(on, name))
+        cells = [f"{row['over_bare']:.2f} x | {row['scratch_bytes'] / GIB:.2f} GiB" for row in both if row]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     result, machine = measured["results"][0], measured["environment"]
     shape = result["shape"]

@@ -21,7 +21,7 @@ from bench.counters import section as counters_section
 from bench.on_paper import g_section, paper_section
 from bench.prose import prose
 from bench.targets import results_by_case, targets
-from fused_po.bench.methods import NAMES
+from fused_po.bench.competitors import NAMES
 from fused_po.bench.objectives import OBJECTIVES
 from fused_po.pictures import png
 

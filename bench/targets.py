@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.bench.cases import Case, groups
-from fused_po.bench.methods import NAMES
+from fused_po.bench.competitors import NAMES
 
 GIB = 1 << 30
 # of the bare products: three with a trainable head, two with a frozen one
@@ -26,6 +26,8 @@ MOST_PAIR_SCRATCH = 1.5 * GIB
 # of the shorter pair's scratch; what the allocator rounds
 MOST_PAIR_GROWTH = 1.02
 OURS = "linear_loss"
+# what a file of another kind, or a broken one, ends in
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 Results = dict[str, dict[str, Any]]
 
@@ -101,7 +103,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="JSON of fused-po bench; one that is not there is skipped")
     files = [path for path in parser.parse_args().files if path.exists()]
-    found = targets(results_by_case([json.loads(path.read_text()) for path in files]))
+    try:
+        found = targets(results_by_case([json.loads(path.read_text(encoding="utf-8")) for path in files]))
+    except UNREADABLE as error:
+        print(f"not what fused-po bench wrote ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
     for target in found:
         print(f"{target.verdict:8s} {target.what}: {target.limit}" + (f", {target.got}" if target.got else ""))
     return 1 if any(target.holds is False for target in found) else 0

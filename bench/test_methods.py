@@ -12,8 +12,8 @@ import torch
 
 from fused_po.bench.accuracy import bounds, method_errors, rejected
 from fused_po.bench.cases import Problem
+from fused_po.bench.competitors import competitors
 from fused_po.bench.measure import memory, step
-from fused_po.bench.methods import competitors
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,7 @@ architecture, and a configuration only if it is 2 % faster than the default over
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -22,10 +20,11 @@ from typing import Any
 
 import torch
 
-from bench.rows import RowCase, RowProblem
-from fused_po.bench.accuracy import allowed, errors, rejected
+from bench.arguments import parser_of, run_all
+from bench.targets import UNREADABLE
+from fused_po.bench.accuracy import errors, rejected
 from fused_po.bench.measure import Call, interleaved, summary
-from fused_po.bench.runner import run_cases
+from fused_po.bench.rows import RowCase, RowProblem
 from fused_po.kernels import configs, library
 from fused_po.kernels.contract import Coefficients, Span, Transform, finish
 
@@ -68,8 +67,7 @@ def candidates(device: str) -> list[Config]:
 def run(case: TuneCase, device: str, seconds: float) -> dict[str, Any]:
     """One kernel: the time of each candidate and of the default."""
     problem = RowProblem(case.rows, device)
-    truth, naive = problem.reference(torch.float64), problem.reference(torch.float32)
-    bound = allowed(errors(naive, truth), {name: naive[name].dtype for name in naive})
+    truth, bound = problem.bounds()
     call = launch(case.kernel, problem)
     calls: dict[str, Call] = {"default": call}
     refused = {}
@@ -174,35 +172,24 @@ def write(paths: list[Path], target: Path) -> None:
         + "\n }"
         for key, entry in existing.items()
     )
-    target.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+    text = f"{{\n{rows}\n}}\n"
+    configs.checked(text)
+    target.write_text(text, encoding="utf-8")
     print(f"{name}: {found or 'the default stays'}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each case")
-    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no case is begun")
-    parser.add_argument("--commit", help="recorded; default what git says")
-    parser.add_argument("--output", type=Path)
+    parser = parser_of(__doc__, seconds=2.0)
     parser.add_argument("--write", type=Path, nargs="+", metavar="RUN", help="take the best of these runs, and stop")
     options = parser.parse_args(arguments)
     if options.write:
         try:
             write(options.write, configs.TABLE)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"not written: {error}", file=sys.stderr)
+        except UNREADABLE as error:
+            print(f"not written ({type(error).__name__}: {error})", file=sys.stderr)
             return 2
         return 0
-    return run_cases(
-        cases(options.device),
-        partial(run, device=options.device, seconds=options.seconds),
-        table,
-        options.device,
-        output=options.output,
-        commit=options.commit,
-        stop_after=options.stop_after,
-    )
+    return run_all(cases(options.device), run, table, options)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 
 # the tensors of tests are small: threads would wait for each other, and for those of other workers; read by torch once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# what other code has cached would hide what this code does
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fused-po-")
+
 import torch
 
 from tests.pairwise import mark_the_rest
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # before anything imports triton: without a GPU its kernels are interpreted
 if not torch.cuda.is_available():
@@ -22,6 +31,12 @@ if not torch.cuda.is_available():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest(items)
+
+
+def pytest_collection_finish() -> None:
+    # trainers collect garbage at their end: what is imported by now stays, and need not be walked through each time
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from bench import bench_cpu_vs_trl, readme, report
 from bench.targets import targets
-from fused_po.bench import measure, methods
+from fused_po.bench import competitors as of_cases
+from fused_po.bench import measure, methods, peers
 from fused_po.bench.accuracy import bounds, method_errors, rejected
 from fused_po.bench.cases import Case, Problem, choose, groups
 from fused_po.bench.compare import run_case
@@ -32,8 +33,8 @@ def test_every_method_agrees_with_float64_or_says_why_it_did_not_run(loss, given
     problem = Problem(replace(SMALL, loss=loss, frozen=frozen, from_logits=logits), "cpu")
     before = None if problem.logits is None else problem.logits.detach().clone()
     # compiling takes longer than everything else, and runs the same functions
-    wanted = [name for name in methods.NAMES if name != "compile"]
-    running, absent = methods.competitors(problem, "cpu", wanted)
+    wanted = [name for name in of_cases.NAMES if name != "compile"]
+    running, absent = of_cases.competitors(problem, "cpu", wanted)
     assert {"token_stats", "eager"} <= {m.name for m in running}
     assert logits or {"linear_loss", "linear_token_stats"} <= {m.name for m in running}
     assert {m.name.split("[")[0] for m in running} | {name.split("[")[0] for name in absent} == set(wanted)
@@ -52,20 +53,18 @@ def test_every_method_agrees_with_float64_or_says_why_it_did_not_run(loss, given
 
 
 def test_a_wrong_result_of_ours_is_not_reported(monkeypatch):
-    right = methods._OURS["linear_loss"]
+    right = methods.OURS["linear_loss"]
 
     def wrong(problem, backend=None):
         loss, logp = right(problem, backend)
         return 1.001 * loss, logp
 
-    monkeypatch.setitem(methods._OURS, "linear_loss", wrong)
+    monkeypatch.setitem(methods.OURS, "linear_loss", wrong)
     with pytest.raises(ArithmeticError, match="linear_loss.*hidden"):
         run_case(SMALL, "cpu", 0.01, ["linear_loss", "eager"])
 
 
 def test_a_peer_that_fails_is_listed_with_the_reason(monkeypatch):
-    from fused_po.bench import peers
-
     def broken(case, device):
         raise ImportError("no module of that name")
 

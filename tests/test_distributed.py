@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch import distributed as dist
 
 from fused_po import splits
@@ -16,32 +13,13 @@ from fused_po.kernels.contract import Span
 from fused_po.ops import linear_loss, linear_token_stats
 from fused_po.ops.workspace import Workspace
 from fused_po.stats import STATISTICS
+from tests.forked import on_ranks
 from tests.losses.cases import create
 from tests.ops.problems import Problem, V, relative_error
 from tests.ops.test_routes import HEAD_FROZEN, PLENTY, ROW, TOLERANCE
 
 RANKS, ROWS = 3, 13
 assert RANKS * ROWS > V
-
-
-def on_ranks(function, tmp_path, *arguments) -> None:
-    """Run a function on every rank; what one of them raises is raised here."""
-    context = multiprocessing.spawn(_start, (function, str(tmp_path / "store"), arguments), RANKS, join=False)
-    while not context.join(timeout=300):
-        pass
-
-
-def _start(rank: int, function, store: str, arguments) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
-    )
-    function(rank, *arguments)
-    dist.destroy_process_group()
-    # torch.distributed.nn, imported on the way, holds the group as a default argument, and gloo's threads with it: they
-    # abort an interpreter that tidies up; what was raised before has been handed to the parent
-    os._exit(0)
 
 
 def shard(tensor: Tensor, rank: int) -> Tensor:
@@ -174,7 +152,7 @@ def heights_on_rank(rank: int) -> None:
 
 @pytest.mark.parametrize("function", [losses_on_rank, statistics_on_rank, options_on_rank, heights_on_rank])
 def test_three_ranks(function, tmp_path):
-    on_ranks(function, tmp_path)
+    on_ranks(function, RANKS, tmp_path)
 
 
 def test_what_is_no_group_is_refused():
@@ -195,4 +173,4 @@ def sums_on_rank(rank: int) -> None:
 
 
 def test_sums_over_ranks_of_rows_that_lie_apart(tmp_path):
-    on_ranks(sums_on_rank, tmp_path)
+    on_ranks(sums_on_rank, RANKS, tmp_path)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from bench.record_paper import routes
 from fused_po import linear_loss, linear_token_stats, losses, make_plan, stats_loss, token_stats
 from fused_po.bench import paper_peers, paper_table
 from fused_po.bench.methods import Absent
@@ -263,8 +264,8 @@ def test_the_same_call_runs_on_a_device():
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_route_is_dearer_than_it_was_recorded(name):
-    """If a route is meant to cost more or less: python -m fused_po.bench.paper_table --record."""
-    recorded = paper_table.read()
+    """If a route is meant to cost more or less: python -m bench.record_paper."""
+    recorded = routes()
     before = recorded["cases"][name]
     now = paper_table.figures(sheet(CASES[name]), device(recorded["on_paper"]))
     assert now["over_bare"] <= 1.02 * before["over_bare"]

@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,49 @@ def test_a_second_reading_takes_the_cache(tmp_path, tokenizer):
     assert first.cache_files == again.cache_files != other.cache_files
 
 
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved", "files"])
+def test_a_file_that_changed_in_the_same_moment_is_read_anew(tmp_path, tokenizer, kind):
+    """To as many bytes, with the time of its last change put back: contents decide, not times."""
+
+    def write(word: str) -> Path:
+        rows = [{**ROW, "chosen": f"Hello {word}!"}]
+        path = tmp_path / kind
+        if kind == "saved":
+            table(rows).save_to_disk(str(tmp_path / word))
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(tmp_path / word, path)
+            (path / "state.json").write_text((tmp_path / "there" / "state.json").read_text())
+        elif kind == "files":
+            path.mkdir(exist_ok=True)
+            table(rows).to_parquet(str(path / "a.parquet"))
+        elif kind == "a.parquet":
+            table(rows).to_parquet(str(path))
+        else:
+            csv = "\n".join(map(",".join, (rows[0], rows[0].values())))
+            text = {"a.jsonl": json.dumps(rows[0]), "a.json": json.dumps(rows), "a.csv": csv}[kind]
+            path.write_text(text + "\n")
+        for one in (path, *path.rglob("*")):
+            os.utime(one, (1e9, 1e9))
+        return path
+
+    first = shown(load_preferences(str(write("there")), tokenizer), tokenizer)
+    second = shown(load_preferences(str(write("where")), tokenizer), tokenizer)
+    assert first[0][0].endswith("there!<|end|>") and second[0][0].endswith("where!<|end|>")
+
+
+def test_a_stream_is_kept_by_the_rows_that_were_fetched(tmp_path, tokenizer):
+    path = written(tmp_path, "a.jsonl", lines(ROW, {**ROW, "chosen": "Hi."}, ROW))
+    first, again, more = (load_preferences(path, tokenizer, rows=count).rows for count in (2, 2, 3))
+    assert first.cache_files and first.cache_files == again.cache_files != more.cache_files
+
+
+def test_columns_of_another_reference_are_named(tmp_path, tokenizer):
+    path = written(tmp_path, "a.jsonl", lines({**ROW, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, ROW))
+    found = load_preferences(path, tokenizer)
+    assert found.counts == {"with log-probs of another reference, which are not read": 1}
+    assert shown(found, tokenizer) == [TEXT, TEXT]
+
+
 def test_processes_share_the_work(tmp_path, tokenizer):
     path = written(tmp_path, "a.jsonl", lines(*[{**ROW, "prompt": f"Say {n}"} for n in range(8)]))
     alone, shared = (load_preferences(path, tokenizer, num_proc=n).rows for n in (None, 2))
@@ -325,7 +370,7 @@ def test_batches_shift_and_mask():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
     ignored = -100
-    assert batch["targets"].tolist() == [[ignored, 7, 8], [3, ignored, ignored], [ignored, 9, ignored], [ignored] * 3]
+    assert batch["labels"].tolist() == [[ignored, 7, 8], [3, ignored, ignored], [ignored, 9, ignored], [ignored] * 3]
     assert batch["ref_logp"].tolist() == [[0, -1, -2], [-4, 0, 0], [0, -3, 0], [0, 0, 0]]
     assert batch["signs"].tolist() == [1, 1, -1, -1]
 

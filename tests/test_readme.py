@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from fused_po import losses, splits
 from fused_po.losses import registry
 from fused_po.ops.coefficients import coefficients
+from tests.forked import python
 from tests.losses.cases import make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +33,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def run(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = python(*arguments, cwd=folder, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

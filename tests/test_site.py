@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import python
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -28,7 +30,7 @@ def run(command: list[str], cwd: Path, **more: str) -> subprocess.CompletedProce
 def test_the_tutorial_runs(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "tutorial.py").write_text("\n".join(blocks))
-    done = run([sys.executable, "tutorial.py"], tmp_path)
+    done = python("tutorial.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     # the page says what is printed here
     assert done.stdout.splitlines()[:2] == ["DPO loss 0.6931", "same loss, same gradients"]

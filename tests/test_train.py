@@ -25,6 +25,7 @@ from fused_po.cli import compare as comparing
 from fused_po.cli import main
 from fused_po.cli.train import with_config
 from fused_po.trainers.loading import load_model, load_tokenizer
+from tests.forked import python
 
 WORDS = ["red", "blue", "green", "warm", "cold", "tall"]
 
@@ -104,7 +105,7 @@ def test_compare_agrees(data, tmp_path, loss):
 
 def put_one_gradient_off(monkeypatch) -> None:
     """The fused gradient of the first step is off by a thousandth."""
-    before = comparing._gradients
+    before = comparing.gradients
     calls = []
 
     def off(model):
@@ -112,7 +113,7 @@ def put_one_gradient_off(monkeypatch) -> None:
         found = before(model)
         return [g * 1.001 for g in found] if len(calls) == 2 else found
 
-    monkeypatch.setattr(comparing, "_gradients", off)
+    monkeypatch.setattr(comparing, "gradients", off)
 
 
 def test_compare_fails_where_the_paths_differ(data, tmp_path, monkeypatch, capsys):
@@ -156,9 +157,7 @@ def test_ctrl_c_and_resume_give_the_same_weights(data, tmp_path, extra):
         "Trainer.training_step = step\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, *command(data, broken, *extra)], capture_output=True, text=True, timeout=300
-    )
+    run = python("-c", script, *command(data, broken, *extra), cwd=tmp_path)
     assert run.returncode == 130, run.stderr
     assert "stopped after step 2: the same command with --resume continues" in run.stdout
     assert not (broken / "model").exists()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
 from fused_po.cli import main
-from fused_po.cli.report import read_log
+from fused_po.cli.report import Report
 from fused_po.trainers.preferences import PreferenceTrainer
 from tests.test_train import command, data, model, put_one_gradient_off, rows, weights
 
@@ -47,19 +52,72 @@ def test_a_crash_before_the_first_checkpoint_can_be_resumed(data, tmp_path, monk
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_torn_last_line_of_the_log_is_left_out(data, tmp_path, capsys):
+def test_a_log_that_was_torn_or_ran_ahead_is_written_anew(data, tmp_path):
+    """A continued run has what its checkpoint knows, whatever a crash left in the file."""
     output = tmp_path / "out"
     log = output / "metrics.jsonl"
     assert main([*command(data, output), "--steps", "2"]) == 0
     kept = rows(output)
-    with log.open("a") as file:
-        file.write('{"step": 3, "spl')
-    assert read_log(log) == kept
+    log.write_text("torn\n" + json.dumps({**kept[0], "step": 3}) + '\n{"step": 3, "spl')
     assert main(command(data, output, "--resume")) == 0
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4] and rows(output)[:2] == kept
-    log.write_text("torn\n" + json.dumps(kept[0]) + "\n")
-    assert main([*command(data, output, "--resume"), "--steps", "5"]) == 2
-    assert "line 1 is not JSON" in capsys.readouterr().err
+
+
+def test_a_continued_run_keeps_its_warm_up(data, tmp_path, capsys):
+    """More steps would have a longer one, and begin it again in the middle."""
+    output = tmp_path / "out"
+    assert main([*command(data, output, "--loss", "simpo", "--lr", "1e-3"), "--steps", "3"]) == 0
+    assert main([*command(data, output, "--loss", "simpo", "--lr", "1e-3", "--resume"), "--steps", "50"]) == 0
+    assert [row["learning_rate"] for row in rows(output)] == [1e-3] * 50
+    given = [*command(data, output, "--loss", "simpo", "--lr", "1e-3", "--resume"), "--steps", "60"]
+    assert main([*given, "--warmup-steps", "9"]) == 2
+    assert "--resume with another --warmup-steps" in capsys.readouterr().err
+
+
+def test_ranks_that_hear_of_an_interrupt_at_different_times_stop_together(tmp_path):
+    """The first Ctrl-C of a rank is no second one because another rank had heard it before."""
+    arguments, elsewhere = SimpleNamespace(device="cpu", world_size=2, eval_strategy="no"), [1.0]
+    report = Report(tmp_path / "log", SimpleNamespace(reduce=lambda asked, how: asked + elsewhere[0]), None)
+    state, control = SimpleNamespace(global_step=1, max_steps=9), SimpleNamespace(should_evaluate=False)
+    report.on_step_end(arguments, state, control)
+    assert report.interrupted and control.should_save and control.should_training_stop
+    with report:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    # where it is heard after the step that the ranks agreed on, the next one is the last
+    late, elsewhere[0] = SimpleNamespace(should_evaluate=False), 0.0
+    heard = Report(tmp_path / "log", report._accelerator, None)
+    heard.on_step_end(arguments, state, late)
+    assert not heard.interrupted and not hasattr(late, "should_save")
+
+
+@pytest.mark.nightly
+def test_two_processes_stop_after_the_same_step(data, tmp_path):
+    """One hears of Ctrl-C a step before the other, which hears of it while the checkpoint is written."""
+    script = (
+        "import os, signal, sys\n"
+        "from fused_po.cli import main\n"
+        "from fused_po.trainers.preferences import PreferenceTrainer as Trainer\n"
+        "rank, step, save = int(os.environ['RANK']), Trainer.training_step, Trainer._save_checkpoint\n"
+        "def trained(self, *given, **named):\n"
+        "    if rank == 0 and self.state.global_step == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(self, *given, **named)\n"
+        "def saved(self, *given, **named):\n"
+        "    if rank == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('saves', rank, self.state.global_step, flush=True)\n"
+        "    return save(self, *given, **named)\n"
+        "Trainer.training_step, Trainer._save_checkpoint = trained, saved\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    output = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--standalone", sys.executable]
+    given = [sys.executable, *launch, "-c", script, *command(data, output, "--device", "cpu", "--steps", "50")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(given, capture_output=True, text=True, timeout=400, env=environment)
+    assert sorted(line for line in run.stdout.splitlines() if line.startswith("saves")) == ["saves 0 2", "saves 1 2"]
+    assert "stopped after step 2" in run.stdout and run.stderr.count("exitcode  : 130") >= 1, run.stderr
+    assert [one.name for one in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys):

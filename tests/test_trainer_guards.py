@@ -5,41 +5,27 @@ from __future__ import annotations
 import math
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import Tensor
+from transformers import Trainer
 
 from fused_po import losses
-from fused_po.cli.compare import Comparison
+from fused_po.trainers.averages import Averages, weighed_metrics
 from fused_po.trainers.preferences import PreferenceTrainer
-from tests.test_preference_trainer import model_of, references, saved_rows, trainer_of
-
-__all__ = ["saved_rows"]
+from tests.test_preference_trainer import model_of, rows, trainer_of
+from tests.test_references import references
 
 
 def test_batches_that_lie_on_a_device_are_counted_there(tmp_path):
     """As an engine hands them over that moved them already; another device than the CPU needs no GPU."""
     trainer = trainer_of(tmp_path, losses.create("simpo"))
-    targets = torch.zeros(4, 3, dtype=torch.int64, device="meta")
-    _, counted = trainer.get_batch_samples(iter([{"targets": targets}] * 2), 2, targets.device)
+    labels = torch.zeros(4, 3, dtype=torch.int64, device="meta")
+    _, counted = trainer.get_batch_samples(iter([{"labels": labels}] * 2), 2, labels.device)
     assert counted.device.type == "meta" and counted.shape == (3,)
-
-
-def test_a_compared_step_returns_its_loss_on_the_device():
-    model = torch.nn.Linear(2, 1)
-
-    def step(model):
-        loss = model.weight.square().sum()
-        loss.backward()
-        return loss.detach()
-
-    comparison = Comparison(step, step, torch.device("cpu"))
-    comparison.memory = {"fused": [0, 0], "plain": [0, 0]}
-    with torch.device("cpu"):
-        comparison.step(model, 1, lambda: (0.0, 0.0))
-    comparison.device = torch.device("meta")
-    assert comparison.step(model, 2, lambda: (0.0, 0.0)).device.type == "meta"
 
 
 def test_the_order_of_rows_is_that_of_the_seed(tmp_path):
@@ -55,8 +41,8 @@ def test_the_order_of_rows_is_that_of_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["alpha", "disabled"])
-def test_an_adapter_of_another_scale_is_another_reference(tmp_path, saved_rows, monkeypatch, change):
-    asked = references(monkeypatch)
+def test_an_adapter_of_another_scale_is_another_reference(tmp_path, monkeypatch, change):
+    asked = references(monkeypatch, tmp_path)
 
     def adapted(alpha=4):
         config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
@@ -70,7 +56,7 @@ def test_an_adapter_of_another_scale_is_another_reference(tmp_path, saved_rows, 
         if changed and change == "disabled":
             model.base_model.disable_adapter_layers()
         model.requires_grad_(True)
-        trainer = trainer_of(tmp_path, losses.create("sigmoid"), saved_rows, model=model)
+        trainer = trainer_of(tmp_path, losses.create("sigmoid"), rows(9), model=model)
         found.append(list(trainer.train_dataset["ref"]))
     assert sum(asked) == 2 * 2 * 8
     assert found[0] == found[1] != found[2]
@@ -104,3 +90,65 @@ def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, monkeypatch
     with pytest.raises(FloatingPointError, match="step 2: weights are no numbers"):
         trainer.train()
     assert os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+def test_padding_of_an_evaluation_moves_no_reference_point(tmp_path, monkeypatch):
+    """A rank whose last batch holds rows that were there before, and no other, adds nothing to KTO's."""
+    trainer = trainer_of(tmp_path, losses.create("kto"), None, rows(4), per_device_eval_batch_size=2)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    state = SimpleNamespace(end_of_dataloader=True, remainder=1)
+    told: list[list[float]] = []
+
+    def reduce(sums: Tensor, how: str) -> Tensor:
+        told.append(sums.tolist())
+        # of the other rank
+        return sums + torch.tensor([6.0, 4.0])
+
+    monkeypatch.setattr(
+        trainer,
+        "accelerator",
+        SimpleNamespace(gradient_state=state, reduce=reduce, autocast=trainer.accelerator.autocast),
+    )
+    monkeypatch.setattr(trainer, "args", SimpleNamespace(process_index=1))
+    monkeypatch.setattr(trainer, "_prepare_inputs", dict)
+    trainer.prediction_step(trainer.model, batch)
+    assert told == [[0.0, 0.0]] and not trainer._eval._sums
+    trainer.args.process_index = 0
+    trainer.prediction_step(trainer.model, batch)
+    assert told[1][1] == 2.0 and trainer._eval._sums
+
+
+def test_metrics_weigh_what_they_are_means_of():
+    """Tokens for those over tokens, answers for others, KTO's reference point among them."""
+    averages, accelerator = Averages(), SimpleNamespace(reduce=lambda sums, how: sums)
+    for mismatch in (False, True):
+        for answers, tokens, value in ((2, 10, 1.0), (6, 1, 0.0)):
+            batch = {"labels": torch.ones(answers, tokens), "signs": torch.ones(answers)}
+            batch |= {"other_labels": batch["labels"]} if mismatch else {}
+            named = {
+                name: torch.tensor(value) for name in ("kl", "cispo_clip_ratio", "rewards/chosen", "logits/chosen")
+            }
+            stats = SimpleNamespace(logp=None)
+            averages.add(
+                weighed_metrics(batch, SimpleNamespace(loss=torch.tensor(value), metrics=named, stats=stats), True)
+            )
+        found = averages.take(accelerator)
+        by_tokens, by_answers = 20 / 26, 2 / 8
+        assert found["kl"] == pytest.approx(by_answers if mismatch else by_tokens)
+        assert found["cispo_clip_ratio"] == found["logits/chosen"] == pytest.approx(by_tokens)
+        assert found["rewards/chosen"] == pytest.approx(by_answers) and found["loss"] == 1.0
+
+
+def test_only_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
+    pushed: list[tuple[str, list[str]]] = []
+
+    def push(self: Any, folder: str) -> None:
+        pushed.append((folder, sorted(os.listdir(tmp_path))))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = trainer_of(tmp_path, losses.create("sft", paired=True), **options)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    names = [f"checkpoint-{step}" for step in (1, 2)]
+    assert pushed == [(str(tmp_path / names[0]), names[:1]), (str(tmp_path / names[1]), names)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import tune
-from bench.rows import textbook
 from bench.tune import best, write
+from fused_po.bench.rows import textbook
 from fused_po.kernels import configs
 
 ROOT = Path(__file__).resolve().parent.parent

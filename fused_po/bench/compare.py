@@ -6,14 +6,16 @@ A case is reported only if this project's results pass the accuracy check.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from fused_po.bench.accuracy import Results, bounds, method_errors, rejected
 from fused_po.bench.cases import Case, Problem
+from fused_po.bench.competitors import competitors
 from fused_po.bench.measure import FLOOR_ROWS, floors, interleaved, memory, step, summary
-from fused_po.bench.methods import Method, competitors
+from fused_po.bench.methods import Method
 
 __all__ = ["run_case", "table"]
 
@@ -69,7 +71,7 @@ def run_case(
         rows[method.name] = row | ({"backend": method.backend} if method.backend else {})
     return {
         "case": case.name,
-        "shape": _fields(case),
+        "shape": asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")},
         "floor": floor,
         "methods": rows,
         "absent": absent,
@@ -96,11 +98,6 @@ def _errors(
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _fields(case: Case) -> dict[str, Any]:
-    names = ("tokens", "hidden", "vocab", "length", "loss", "rows", "frozen", "from_logits", "scratch_bytes")
-    return {name: getattr(case, name) for name in names} | {"dtype": str(case.dtype).removeprefix("torch.")}
 
 
 def table(result: dict[str, Any], told: set[tuple[str, str]] | None = None) -> str:

@@ -13,24 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_po import __version__
 from fused_po.bench.cases import Problem
 from fused_po.bench.methods import Method
 from fused_po.diagnostics.memory import peak_memory
 
-__all__ = [
-    "FLOOR_ROWS",
-    "Call",
-    "environment",
-    "floors",
-    "interleaved",
-    "large_copy",
-    "memory",
-    "once",
-    "step",
-    "summary",
-]
+__all__ = ["bare_products", "environment", "floors", "interleaved", "large_copy", "memory", "step", "summary"]
 
 Call = Callable[[], Any]
 PACKAGES = ("triton", "trl", "transformers", "liger-kernel", "quack-kernels", "cut-cross-entropy")
@@ -133,16 +123,21 @@ def floors(problem: Problem, device: str) -> tuple[dict[str, Call], int]:
     if case.gemms:
         hidden = problem.hidden.detach().flatten(0, 1)[:FLOOR_ROWS]
         weight = problem.weight.detach()
-        tile = hidden @ weight.t()
-
-        def products() -> None:
-            torch.mm(hidden, weight.t(), out=tile)
-            torch.mm(tile, weight)
-            if case.gemms == 3:
-                torch.mm(tile.t(), hidden)
-
-        calls["gemms"] = products
+        calls["gemms"] = bare_products(hidden, weight, case.gemms)
     return calls, traffic
+
+
+def bare_products(hidden: Tensor, weight: Tensor, gemms: int) -> Call:
+    """The 2 or 3 products of hidden states (N, H) and a weight (V, H) that no method can do without."""
+    tile = hidden @ weight.t()  # (N, V)
+
+    def products() -> None:
+        torch.mm(hidden, weight.t(), out=tile)
+        torch.mm(tile, weight)
+        if gemms == 3:
+            torch.mm(tile.t(), hidden)
+
+    return products
 
 
 def large_copy(device: str) -> tuple[Call, int]:

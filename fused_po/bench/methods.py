@@ -1,9 +1,9 @@
-"""The methods from hidden states (or logits) to a loss: this project's routes and backends, and torch's."""
+"""What a method is, from hidden states (or logits) to a loss, and those of this project and of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from fused_po import linear_loss, linear_token_stats, token_stats
 from fused_po.bench.cases import Case, Problem
 from fused_po.kernels.select import BACKENDS, select, unsupported
 
-__all__ = ["NAMES", "QUICK", "Absent", "Method", "Outcome", "check_names", "competitors"]
+__all__ = ["OURS", "Absent", "Method", "Outcome", "of_torch", "ours", "refusal"]
 
 # the loss, and the log-probs (B, S) where the method returns any
 Outcome = tuple[Tensor, Tensor | None]
@@ -109,38 +109,20 @@ def _by_torch(problem: Problem, wrap: Callable[[Any], Any] = lambda function: fu
     return problem.on_top(logp, found), logp
 
 
-_OURS = {
+OURS = {
     "linear_loss": _by_linear_loss,
     "linear_token_stats": _by_linear_token_stats,
     "token_stats": _by_token_stats,
 }
-# by whom each is known in tables; peers.py has those of other packages
-NAMES = {
-    "linear_loss": "`linear_loss`",
-    "linear_token_stats": "`linear_token_stats`",
-    "token_stats": "`token_stats` on full logits",
-    "eager": "torch eager",
-    "compile": "torch.compile",
-    "trl": "TRL `ChunkedLogProbFunction`",
-    "liger": "Liger `chunked_loss`",
-    "liger_ce": "Liger scaled cross entropy",
-    "cce": "CCE",
-    "torch_lce": "torch `linear_cross_entropy`",
-    "quack": "quack linear cross entropy",
-}
 
 
-# of a first look: what needs no compiler and is done in seconds
-QUICK = ("ours", "eager", "trl")
-
-
-def _ours(problem: Problem, device: str) -> tuple[list[Method], dict[str, str]]:
+def ours(problem: Problem, device: str) -> tuple[list[Method], dict[str, str]]:
     """Every route on every backend; the bare name is the backend that a call without a request takes."""
     case, found, absent = problem.case, [], {}
     sample = torch.zeros(1, 8, device=device, dtype=case.dtype)
     first = select("row_softmax", sample, None).__name__
     chosen = next(name for name, module in BACKENDS.items() if module == first)
-    for name, call in _OURS.items():
+    for name, call in OURS.items():
         if case.from_logits and name != "token_stats":
             absent[name] = "the case starts from logits"
             continue
@@ -148,10 +130,8 @@ def _ours(problem: Problem, device: str) -> tuple[list[Method], dict[str, str]]:
         for backend in BACKENDS:
             if backend == chosen:
                 continue
-            reason = unsupported(backend, "row_softmax", sample)
-            if device == "cuda" and backend == "reference":
-                reason = "made for the caches of a CPU"
-            elif device == "cpu" and backend == "triton":
+            reason = refusal(backend, "row_softmax", sample)
+            if device == "cpu" and backend == "triton":
                 reason = "interpreted on a CPU, for tests"
             if reason is None:
                 found.append(Method(f"{name}[{backend}]", partial(call, backend=backend), True, backend))
@@ -160,57 +140,14 @@ def _ours(problem: Problem, device: str) -> tuple[list[Method], dict[str, str]]:
     return found, absent
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Whether these are names of methods, ``ours`` or ``peers``.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name in names:
-        route, _, backend = name.removesuffix("]").partition("[")
-        if route not in {*NAMES, "ours", "peers"} or (backend and (route not in _OURS or backend not in BACKENDS)):
-            raise ValueError(f"no method {name!r}: wanted {', '.join(NAMES)}, ours or peers")
+def refusal(backend: str, kernel: str, sample: Tensor) -> str | None:
+    """Why a backend is not timed on such logits."""
+    if backend == "reference" and sample.is_cuda:
+        return "made for the caches of a CPU"
+    return unsupported(backend, kernel, sample)
 
 
-def competitors(
-    problem: Problem, device: str, only: Sequence[str] | None = None, trl_columns: int | None = None
-) -> tuple[list[Method], dict[str, str]]:
-    """The methods that run a case here, this project's first, and why the others do not.
-
-    Args:
-        only: names of methods, ``ours`` or ``peers``; None: all. A bare name takes the default backend.
-        trl_columns: the width of TRL's tiles, default that of its trainers.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    from fused_po.bench.peers import PEERS
-
-    check_names(only or ())
-    methods, absent = _ours(problem, device)
-    methods.append(Method("eager", _by_torch))
-    # shapes are part of the case: each may be compiled for its own
-    methods.append(Method("compile", partial(_by_torch, wrap=partial(torch.compile, dynamic=False))))
-    for name, make in PEERS.items():
-        if only is not None and not {name, "peers"} & set(only):
-            continue
-        try:
-            if problem.case.from_logits:
-                raise Absent("the case starts from logits")
-            method = make(problem.case, device)
-            if name == "trl" and trl_columns is not None:
-                method = replace(method, call=partial(method.call, columns=trl_columns))
-            methods.append(method)
-        except Absent as error:
-            absent[name] = str(error)
-        except Exception as error:
-            # importing a peer runs through half of the ecosystem and fails in many ways
-            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    if only is None:
-        return methods, absent
-
-    def wanted(name: str, ours: bool) -> bool:
-        return name in only or ("ours" if ours else "peers") in only
-
-    kept = {name: why for name, why in absent.items() if wanted(name, name.split("[")[0] in _OURS)}
-    return [method for method in methods if wanted(method.name, method.ours)], kept
+def of_torch() -> list[Method]:
+    """Eager and compiled: shapes are part of a case, so each may be compiled for its own."""
+    compiled = partial(_by_torch, wrap=partial(torch.compile, dynamic=False))
+    return [Method("eager", _by_torch), Method("compile", compiled)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,25 @@ from torch import Tensor
 from fused_po import losses
 from fused_po.losses import Loss
 
-if TYPE_CHECKING:
-    from fused_po.bench.cases import Problem
-
 __all__ = ["OBJECTIVES", "Objective"]
 
 EPSILON, KL_WEIGHT, ENTROPY_WEIGHT = 0.2, 0.04, 0.01
 
+
+class Inputs(Protocol):
+    """What formulas read of a problem."""
+
+    beta: float
+    ref_logp: Tensor  # (B,)
+    old_logp: Tensor  # (B, S)
+    ref_token_logp: Tensor  # (B, S)
+    advantage: Tensor  # (B,)
+    desirable: Tensor  # (B,)
+    kl: Tensor  # ()
+
+
 # log-probs (B, S) and entropies (B, S) or None to the loss ()
-Written = Callable[["Problem", Tensor, Tensor | None], Tensor]
+Written = Callable[[Inputs, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,47 +54,47 @@ class Objective:
     entropy: bool = False
     sequences: bool = False
 
-    def side_inputs(self, problem: Problem) -> dict[str, Any]:
+    def side_inputs(self, problem: Inputs) -> dict[str, Any]:
         """Keyword arguments of ``linear_loss``."""
         return {name: getattr(problem, attribute) for name, attribute in self.inputs.items()}
 
 
-def _log_ratios(problem: Problem, logp: Tensor) -> Tensor:
+def _log_ratios(problem: Inputs, logp: Tensor) -> Tensor:
     """(B,) in float64."""
     return logp.sum(1, dtype=torch.float64) - problem.ref_logp
 
 
-def _dpo(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _dpo(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     chosen, rejected = _log_ratios(problem, logp).chunk(2)
     return F.softplus(-problem.beta * (chosen - rejected)).mean()
 
 
-def _kto(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _kto(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     sign = torch.where(problem.desirable, 1.0, -1.0)
     return torch.sigmoid(-problem.beta * (_log_ratios(problem, logp) - problem.kl) * sign).mean()
 
 
-def _surrogate(problem: Problem, logp: Tensor) -> Tensor:
+def _surrogate(problem: Inputs, logp: Tensor) -> Tensor:
     """(B, S)."""
     ratio, advantage = (logp - problem.old_logp).exp(), problem.advantage.unsqueeze(1)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
 
 
-def _dapo(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _dapo(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     return _surrogate(problem, logp).mean()
 
 
-def _grpo(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _grpo(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     away = problem.ref_token_logp - logp
     return (_surrogate(problem, logp) + KL_WEIGHT * (away.exp() - away - 1)).mean(1).mean()
 
 
-def _ppo(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _ppo(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     assert entropy is not None
     return _surrogate(problem, logp).mean() - ENTROPY_WEIGHT * entropy.mean()
 
 
-def _sft(problem: Problem, logp: Tensor, entropy: Tensor | None) -> Tensor:
+def _sft(problem: Inputs, logp: Tensor, entropy: Tensor | None) -> Tensor:
     return -logp.mean()
 
 

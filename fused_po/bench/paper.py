@@ -1,7 +1,4 @@
-"""Cases that are priced on paper: calls on tensors without values, beside the bare products that they need at least.
-
-python -m fused_po.bench.paper [--device h200] [names or patterns]
-"""
+"""Cases that are priced on paper: calls on tensors without values, beside the bare products that they need at least."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_po import linear_loss, linear_token_stats, losses, make_plan
-from fused_po.bench.measure import FLOOR_ROWS, interleaved
+from fused_po.bench.measure import FLOOR_ROWS, Call, bare_products, interleaved
 from fused_po.ledger import Ledger, autocast, record
 from fused_po.losses import Loss
 from fused_po.prices import Device
@@ -142,7 +139,7 @@ class PaperCall:
             self.weight /= case.hidden**0.5
             self.labels = torch.randint(case.vocab, shape, generator=generator, device=device)
         self.per_token, self.per_sequence = normal(*shape), normal(shape[0])
-        self.plan = make_plan(self.labels)
+        self.plan, self.head = make_plan(self.labels), (self.hidden, self.weight, self.labels)
         self.leaves = [self.hidden] if case.frozen else [self.hidden, self.weight]
         for leaf in self.leaves:
             leaf.requires_grad_()
@@ -171,13 +168,11 @@ class PaperCall:
         tokens = {"old_logp": self.per_token, "advantage": self.per_sequence}
         given: dict[str, Any] = pairs if self.case.loss == "dpo" else tokens
         loss = LOSSES[self.case.loss]()
-        options: dict[str, Any] = {"softcap": self.case.softcap, "plan": self.plan}
-        linear_loss(self.hidden, self.weight, self.labels, loss, **options, **given).loss.backward()
+        linear_loss(*self.head, loss, softcap=self.case.softcap, plan=self.plan, **given).loss.backward()
 
     def _statistics(self) -> None:
         outputs = ("logp", "entropy") if self.case.entropy else ("logp",)
-        options: dict[str, Any] = {"softcap": self.case.softcap, "plan": self.plan}
-        stats = linear_token_stats(self.hidden, self.weight, self.labels, outputs=outputs, **options)
+        stats = linear_token_stats(*self.head, outputs=outputs, softcap=self.case.softcap, plan=self.plan)
         torch.autograd.backward([*stats.present().values()], [self.per_token] * len(outputs))
 
 
@@ -193,18 +188,8 @@ def measured(case: PaperCase, device: str, seconds: float = 3.0) -> dict[str, fl
     """Run a case on a device, in turns with its bare products: ``ms``, ``bare_ms``, ``over_bare``."""
     call = PaperCall(case, device)
     hidden, weight = (t.detach().to(case.dtype) for t in (call.hidden.flatten(0, 1)[:FLOOR_ROWS], call.weight))
-    tile = hidden @ weight.t()
-
-    def bare() -> None:
-        torch.mm(hidden, weight.t(), out=tile)
-        torch.mm(tile, weight)
-        if case.gemms == 3:
-            torch.mm(tile.t(), hidden)
-
-    times = {
-        name: statistics.median(found)
-        for name, found in interleaved({"ours": call, "bare": bare}, device, seconds).items()
-    }
+    calls: dict[str, Call] = {"ours": call, "bare": bare_products(hidden, weight, case.gemms)}
+    times = {name: statistics.median(found) for name, found in interleaved(calls, device, seconds).items()}
     floor = times["bare"] * case.tokens / hidden.shape[0]
     return {"ms": 1e3 * times["ours"], "bare_ms": 1e3 * floor, "over_bare": times["ours"] / floor}
 

@@ -1,19 +1,15 @@
 """Functions of other packages on paper: counted on fake CUDA tensors, which a CUDA build of torch makes without a GPU.
 
-    python -m fused_po.bench.paper_peers    # writes bench/results/paper/peers.json
-
 Tensors on ``meta`` would not do: the functions take other branches there. Where nothing can be counted, what was
-counted before is read from that file.
+counted before is read from ``paper_peers.json``, which the repository's ``bench.record_paper`` writes.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +21,9 @@ from fused_po.bench.paper import CASES, PaperCase, Sheet
 from fused_po.bench.peers import TRL_COLUMNS
 from fused_po.ledger import Ledger, autocast, record
 
-__all__ = ["RECORDED", "count", "counted_with", "recorded"]
+__all__ = ["PEERS", "RECORDED", "count", "counted_with", "recorded"]
 
-RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper" / "peers.json"
-COMMAND = "python -m fused_po.bench.paper_peers"
+RECORDED = Path(__file__).with_suffix(".json")
 
 
 class _Context:
@@ -89,36 +84,11 @@ def count(name: str, case: PaperCase) -> Sheet:
 
 def recorded(name: str, case: str) -> Sheet | None:
     """What was counted of a peer before; None: nothing of that case."""
-    if not RECORDED.exists():
-        return None
     found = json.loads(RECORDED.read_text(encoding="utf-8"))["peers"].get(name, {}).get(case)
     return None if found is None else Sheet(CASES[case], Ledger.from_json(found), found["scratch"])
 
 
 def counted_with() -> dict[str, str]:
     """The versions that the recorded figures are of, and the command."""
-    if not RECORDED.exists():
-        return {}
     found: dict[str, str] = json.loads(RECORDED.read_text(encoding="utf-8"))["with"]
     return found
-
-
-def main() -> None:
-    peers: dict[str, dict[str, Any]] = {}
-    for name in PEERS:
-        sheets = {case: count(name, CASES[case]) for case in CASES}
-        peers[name] = {case: sheet.ledger.to_json() | {"scratch": sheet.scratch} for case, sheet in sheets.items()}
-    versions = {name: version(name) for name in ("torch", "trl", "triton")}
-    used = {"command": COMMAND, "python": platform.python_version(), **versions}
-    rows = [f"{json.dumps(name)}: {{\n{_lines(cases)}\n}}" for name, cases in peers.items()]
-    text = f'{{"with": {json.dumps(used)},\n"peers": {{\n{",".join(rows)}\n}}}}\n'
-    RECORDED.write_text(text, encoding="utf-8")
-
-
-def _lines(cases: dict[str, Any]) -> str:
-    """A line for each case: they are long."""
-    return ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in cases.items())
-
-
-if __name__ == "__main__":
-    main()

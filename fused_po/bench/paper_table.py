@@ -1,27 +1,19 @@
-"""The table on paper: this project's routes, what they are not to cost more than, and their peers.
-
-python -m fused_po.bench.paper_table [--device h200] [--lines 5] [names or patterns]
-python -m fused_po.bench.paper_table --record    # writes bench/results/paper/routes.json, which a test compares with
-"""
+"""The table on paper: this project's routes, what they are not to cost more than, and their peers."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_po.bench.methods import Absent
-from fused_po.bench.paper import CASES, PaperCase, Sheet, choose, measured, sheet
+from fused_po.bench.paper import CASES, PaperCase, Sheet, measured, sheet
 from fused_po.bench.paper_peers import PEERS, count, counted_with, recorded
-from fused_po.prices import DEVICES, Device, device
+from fused_po.prices import Device
 
-__all__ = ["RECORDED", "figures", "read", "report", "show"]
+__all__ = ["REFERENCE", "figures", "report", "show"]
 
-RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper" / "routes.json"
 # the device that limits are set for
 REFERENCE = "h200"
 
@@ -39,21 +31,6 @@ def figures(found: Sheet, on: Device) -> dict[str, Any]:
         "waits": ledger.waits,
         "scratch_bytes": found.scratch,
     }
-
-
-def read() -> dict[str, Any]:
-    """The figures of this project's routes that were recorded: ``on_paper``, the device, and ``cases`` by name."""
-    found: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
-    return found
-
-
-def write(on: Device, seconds: float = 3.0) -> None:
-    """Record the figures of all cases, and what is measured of them where there is a GPU."""
-    rows = {
-        name: row["ours"] | {"measured": row["measured"]}
-        for name, row in report(CASES, on, 0, seconds)["cases"].items()
-    }
-    RECORDED.write_text(json.dumps({"on_paper": on.name, "cases": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def report(cases: Mapping[str, PaperCase], on: Device, lines: int = 0, seconds: float = 0.0) -> dict[str, Any]:
@@ -127,20 +104,3 @@ def show(found: dict[str, Any]) -> None:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="names or patterns, default all")
-    parser.add_argument("--device", choices=tuple(DEVICES), default=REFERENCE)
-    parser.add_argument("--lines", type=int, default=0, metavar="COUNT", help="also the dearest lines of each")
-    parser.add_argument("--record", action="store_true", help="write the figures that a test holds routes to")
-    arguments = parser.parse_args()
-    if arguments.record:
-        write(device(REFERENCE))
-    else:
-        show(report(choose(arguments.cases), device(arguments.device), arguments.lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -75,7 +75,7 @@ def _measured(arguments: argparse.Namespace, watch: Watch) -> int:
 
     from fused_po.bench.cases import Case, choose, groups
     from fused_po.bench.compare import run_case, table
-    from fused_po.bench.methods import QUICK, check_names
+    from fused_po.bench.competitors import QUICK, check_names
     from fused_po.bench.runner import run_cases
     from fused_po.bench.summary import BEFORE, beside_eager, over_bound
 

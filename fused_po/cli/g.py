@@ -99,7 +99,7 @@ class _Measurement:
         from transformers.utils import logging
 
         from fused_po.cli.g_data import check_loss, load
-        from fused_po.cli.train import loss_of
+        from fused_po.cli.objective import loss_of
         from fused_po.diagnostics.checkpoints import check_checkpoints
         from fused_po.trainers.loading import load_tokenizer
 
@@ -202,13 +202,12 @@ class _Measurement:
 
     def _settle(self) -> None:
         """Write down what is measured, or compare it with what was."""
-        from fused_po.cli.train import content_of
+        from fused_po.trainers.data import contents
 
         now = {name: getattr(self.arguments, name) for name in _FIXED}
         now["checkpoints"] = [folder.name for folder in self.folders]
         for name in ("data", "final"):
-            path = Path(now[name]).expanduser()
-            now[name] = content_of(path) if path.exists() else now[name]
+            now[name] = contents(now[name]) or now[name]
         path = self.output / "settings.json"
         if not self.arguments.resume:
             self.output.mkdir(parents=True, exist_ok=True)

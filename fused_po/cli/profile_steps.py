@@ -17,12 +17,7 @@ from fused_po import linear_loss, losses
 from fused_po.diagnostics.memory import peak_memory
 from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
 from fused_po.ledger import record
-from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
-from fused_po.ops.costs import route_seconds
-from fused_po.ops.explain import explain
-from fused_po.ops.gradients import Wanted
-from fused_po.ops.routes import Route
-from fused_po.ops.sizes import Sizes
+from fused_po.ops.explain import explain, usual_route
 from fused_po.prices import Device
 from fused_po.trainers.loading import load_model
 from fused_po.trainers.model import hidden_and_head
@@ -95,7 +90,9 @@ class Steps(ABC):
     def on_paper(self, route: str, length: int, on: Device) -> float:
         """Seconds of a step through the head on a GPU that need not be there."""
         if route == "fused":
-            return self._fused_on_paper(length, on)
+            shape = (self.hidden, self.vocab, True, self.dtype, self.dtype, not self.frozen)
+            found = usual_route(length, *shape, self.device, self.scratch_bytes)
+            return sum(found.seconds(length, fused=True, on=on).values())
         given: Any = {"device": "meta", "dtype": self.dtype}
         hidden = torch.empty(2, length // 2, self.hidden, **given).requires_grad_()
         weight = torch.empty(self.vocab, self.hidden, **given).requires_grad_(not self.frozen)
@@ -103,14 +100,6 @@ class Steps(ABC):
         with record() as ledger:
             self.loss(route, hidden, weight, labels).backward()
         return ledger.seconds(on)
-
-    def _fused_on_paper(self, length: int, on: Device) -> float:
-        scratch = DEFAULT_SCRATCH_BYTES.get(self.device, GIB) if self.scratch_bytes is None else self.scratch_bytes
-        wanted = Wanted(True, not self.frozen, False)
-        sizes = Sizes(self.hidden, self.vocab, self.dtype, self.dtype, wanted, scratch)
-        return sum(
-            route_seconds(Route.of(sizes, length, fused=True, unscaled=True), length, fused=True, on=on).values()
-        )
 
     @abstractmethod
     def forget(self) -> None:

@@ -4,44 +4,40 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
-__all__ = ["Report", "plot", "read_log"]
+from fused_po.trainers import whole
+
+__all__ = ["Bar", "Report", "plot", "rows"]
 
 _PANELS = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 # of the engine, not of the model
-_LEFT_OUT = ("_runtime", "_per_second", "_preparation_time", "epoch")
+_LEFT_OUT = ("_runtime", "_per_second", "_preparation_time", "epoch", "step")
+
+
+class Bar(ProgressCallback):
+    """The engine's bar, with the loss and margin of the last step behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(_words(logs))
 
 
 class Report(TrainerCallback):
-    """Writes what is logged, a JSON row each, and shows loss and margin: in a bar, or as lines where output is a pipe.
+    """Writes metrics.jsonl, and a line for each evaluation and, where there is no bar, each tenth of the steps.
 
     As a context, it also makes Ctrl-C end the run after the step at hand, with a checkpoint; a second one ends it at
-    once.
+    once. Ranks agree on the step.
     """
 
-    def __init__(self, log: Path, accelerator: Any) -> None:
-        self._log, self._accelerator = log, accelerator
-        self.console = Console(quiet=not accelerator.is_main_process)
-        self._bar = Progress(
-            *(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[now]}"),
-            ),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
-        self.interrupted = False
+    def __init__(self, log: Path, accelerator: Any, bar: Bar | None) -> None:
+        self._log, self._accelerator, self._bar = log, accelerator, bar
+        self._asked = self.interrupted = False
 
     def __enter__(self) -> Report:
         self._before = signal.signal(signal.SIGINT, self._note)
@@ -49,87 +45,81 @@ class Report(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._before)
-        self._bar.stop()
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.interrupted:
+        # that another rank was asked before is no second time
+        if self._asked:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self._asked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, now="")
+        if state.is_world_process_zero:
+            # of a run that is continued, the checkpoint holds what was logged until then
+            whole.write_text(self._log, _lines(rows(state.log_history)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
+        self.interrupted = self._asked
         if args.world_size > 1:
-            # one rank may hear of it before the others
-            noted = torch.tensor(float(self.interrupted), device=args.device)
-            self.interrupted = bool(self._accelerator.reduce(noted, "sum") > 0)
+            asked = torch.tensor(float(self._asked), device=args.device)
+            self.interrupted = bool(self._accelerator.reduce(asked, "sum") > 0)
         if last or self.interrupted:
             control.should_save, control.should_training_stop = True, True
             control.should_evaluate = control.should_evaluate or (last and args.eval_strategy != "no")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        split = "train" if "loss" in logs else "eval"
-        numbers = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_LEFT_OUT)}
-        if "loss" not in numbers or "train_loss" in numbers:
+        found = rows(state.log_history[-1:])
+        if not state.is_world_process_zero or not found:
             return
         with self._log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": state.global_step, "split": split, **numbers}) + "\n")
-        margin, accuracy = (numbers.get(f"rewards/{name}") for name in ("margins", "accuracies"))
-        now = f"loss {numbers['loss']:.4f}" + ("" if margin is None else f"  margin {margin:+.3f}")
-        if split == "train":
-            self._bar.update(self._task, completed=state.global_step, now=now)
-        every = max(1, state.max_steps // 10)
-        if split == "eval" or (state.global_step % every == 0 and not self.console.is_terminal):
-            right = "" if accuracy is None or split == "train" else f"  reward accuracy {accuracy:.2f}"
-            self.console.print(f"step {state.global_step:4d}  {'held-out ' if split == 'eval' else ''}{now}{right}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.stop()
+            log.write(_lines(found))
+        (row,), every = found, max(1, state.max_steps // 10)
+        if row["split"] == "eval" or (self._bar is None and state.global_step % every == 0):
+            held_out = "held-out " if row["split"] == "eval" else ""
+            bar: Any = self._bar
+            say = print if bar is None else bar.training_bar.write
+            say(f"step {state.global_step:4d}  {held_out}{_words(row, accuracy=bool(held_out))}")
 
 
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line that a crash cut off is left out, and so is a file that is not there.
-
-    Raises:
-        ValueError: another line is no row.
-    """
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{log}: line {number} is not JSON") from None
-    return rows
+def rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds of an engine's ``log_history``: the steps that were trained and evaluations."""
+    found = []
+    for logs in history:
+        numbers = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_LEFT_OUT)}
+        if "loss" in numbers and "train_loss" not in numbers:
+            found.append({"step": logs["step"], "split": "train" if "loss" in logs else "eval", **numbers})
+    return found
 
 
-def plot(log: Path, image: Path, title: str) -> None:
-    """Draw loss, reward accuracy and margin over the steps of a metrics.jsonl, training and held-out, if it has any."""
+def plot(found: Sequence[dict[str, Any]], image: Path, title: str) -> None:
+    """Draw loss, reward accuracy and margin over the steps, training and held-out, if there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_log(log)
-    if not rows:
+    if not found:
         return
     figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
     for axis, (name, label) in zip(axes, _PANELS.items(), strict=True):
         for split, style in (("train", "-"), ("eval", "o-")):
-            points = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
+            points = [(row["step"], row[name]) for row in found if row["split"] == split and name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label="held-out" if split == "eval" else split)
-        axis.set_xlabel("step")
-        axis.set_title(label)
+        axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
     figure.suptitle(title)
     figure.savefig(image, dpi=120)
     pyplot.close(figure)
+
+
+def _words(numbers: dict[str, Any], accuracy: bool = False) -> str:
+    shown = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}"}
+    shown |= {"rewards/accuracies": "reward accuracy {:.2f}"} if accuracy else {}
+    return "  ".join(words.format(numbers[name]) for name, words in shown.items() if name in numbers)
+
+
+def _lines(found: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in found)

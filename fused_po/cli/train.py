@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -13,28 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.cli.arguments import positive
+from fused_po.cli.objective import loss_of, split_of
 
-__all__ = ["add_parser", "content_of", "loss_of", "with_config"]
+__all__ = ["add_parser", "with_config"]
 
 INTERRUPTED = 130
 _DATA = Path(__file__).parents[1] / "data"
-# what must not change between a run and its continuation
+# what must not change between a run and its continuation, of our flags and of the engine's arguments
 _FIXED = (
-    *("model", "data", "loss", "beta", "loss_arg", "split", "split_arg", "batch_size", "lr", "seed", "lora"),
-    *("max_length", "on_too_long", "dtype", "streaming"),
+    *("model", "data", "loss", "beta", "loss_arg", "split", "split_arg", "lora", "max_length", "on_too_long", "dtype"),
+    "streaming",
 )
-_FIXED_OF_ENGINE = ("gradient_accumulation_steps", "world_size", "data_seed")
-# flags of the engine that say what one of ours says
-_OURS = {
-    "--output-dir": "--output",
-    "--max-steps": "--steps",
-    "--per-device-train-batch-size": "--batch-size",
-    "--learning-rate": "--lr",
-    "--eval-steps": "--eval-every",
-    "--save-steps": "--save-every",
-    "--resume-from-checkpoint": "--resume",
-    "--use-cpu": "--device cpu",
-}
+_FIXED_OF_ENGINE = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "learning_rate", "warmup_steps"),
+    *("seed", "data_seed"),
+)
 _EPILOG = """\
 Losses on pairs (sigmoid, ipo, simpo, ...) take a pair as it is; those on single answers (kto, bco, ...) take its two
 answers as desirable and undesirable, or files with completion and label; sft learns the chosen answer; policy losses
@@ -49,38 +41,43 @@ def add_parser(commands: Any) -> None:
     """Add the command to ``argparse`` subparsers."""
     words = "train a causal language model on preferences"
     parser = commands.add_parser("train", help=words, epilog=_EPILOG, allow_abbrev=False)
-    add = parser.add_argument
+    # by the names of the engine's arguments, where they have one
+    flags = {"resume_from_checkpoint": "--resume", "use_cpu": "--device cpu"}
+
+    def add(flag: str, **options: Any) -> None:
+        flags[parser.add_argument(flag, **options).dest] = flag
+
+    count = {"type": positive(int), "metavar": "N"}
+    pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     add("--model", default="tiny", help="a folder or hub id of transformers, or 'tiny': a small random Llama (default)")
     add("--data", help="JSONL, JSON, CSV, parquet, a saved folder or a hub id; default: a small set that is shipped")
     add("--eval-data", help="held-out preferences; default: none, or those shipped with the set")
     add("--loss", default="sigmoid", help="a registered loss, default sigmoid (DPO); several: sigmoid+sft")
     add("--beta", type=float, help="the loss's beta, default its own")
-    add("--loss-arg", action="append", default=[], metavar="NAME=VALUE", help="another hyper-parameter; repeatable")
+    add("--loss-arg", **pairs, help="another hyper-parameter; repeatable")
     add("--split", help="a preset of fused_po.splits, such as controlled_dpo; default: none")
-    add("--split-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it; repeatable")
-    add("--steps", type=positive(int), help="optimizer steps, default 60")
-    add("--batch-size", type=positive(int), default=4, help="rows a step and process, default 4")
-    add("--lr", type=positive(float), default=1e-4, help="peak learning rate of AdamW, default 1e-4")
+    add("--split-arg", **pairs, help="an argument of it; repeatable")
+    add("--steps", dest="max_steps", **count, help="optimizer steps, default 60")
+    batch = {"dest": "per_device_train_batch_size", "default": 4, **count}
+    add("--batch-size", **batch, help="rows a step and process, default 4")
+    rate = {"dest": "learning_rate", "type": positive(float), "default": 1e-4}
+    add("--lr", **rate, help="peak learning rate of AdamW, default 1e-4")
     add("--seed", type=int, default=0, help="of the tiny model, adapters and the order of rows, default 0")
     add("--lora", type=positive(int), metavar="R", help="train a LoRA adapter of this rank; the head stays frozen")
-    add("--max-length", type=positive(int), default=1024, help="tokens of prompt and answer together, default 1024")
-    add(
-        "--on-too-long",
-        choices=("truncate", "refuse"),
-        default="truncate",
-        help="cut longer rows on the right, or stop",
-    )
+    add("--max-length", **count, default=1024, help="tokens of prompt and answer together, default 1024")
+    long = {"choices": ("truncate", "refuse"), "default": "truncate"}
+    add("--on-too-long", **long, help="cut longer rows on the right, or stop")
     add("--streaming", action="store_true", help="read only as many rows of --data as the steps take")
-    add("--num-proc", type=positive(int), metavar="N", help="processes that tokenize")
-    add("--eval-every", type=positive(int), default=20, metavar="N", help="steps between evaluations, default 20")
-    add("--save-every", type=positive(int), default=50, metavar="N", help="steps between checkpoints, default 50")
+    add("--num-proc", **count, help="processes that tokenize")
+    add("--eval-every", dest="eval_steps", **count, default=20, help="steps between evaluations, default 20")
+    add("--save-every", dest="save_steps", **count, default=50, help="steps between checkpoints, default 50")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast, weights stay float32")
     add("--compare", action="store_true", help="also take every step through full logits; exit 1 if the two disagree")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output")
     add("--config", metavar="FILE", help="YAML with any of these flags; the command line wins")
-    add("--output", type=Path, help="a new or empty folder")
-    parser.set_defaults(run=run)
+    add("--output", dest="output_dir", type=Path, help="a new or empty folder")
+    parser.set_defaults(run=run, flags=flags)
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
@@ -124,13 +121,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         arguments.data = str(_DATA / "preferences.jsonl")
         arguments.eval_data = arguments.eval_data or str(_DATA / "preferences_eval.jsonl")
-    if arguments.output is None:
+    if arguments.output_dir is None:
         raise ValueError("--output is wanted: a new or empty folder")
     if arguments.compare and arguments.dtype != "float32":
         raise ValueError(
             "--compare needs --dtype float32: in bfloat16 the plain path rounds its logits and must differ"
         )
-    output: Path = arguments.output
+    output: Path = arguments.output_dir
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; --output wants a folder")
     if arguments.resume and not (output / "settings.json").is_file():
@@ -146,43 +143,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     import datasets
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from rich.console import Console
+    from transformers import PrinterCallback, ProgressCallback, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
 
-    from fused_po import splits
-    from fused_po.cli.report import Report, plot, read_log
-    from fused_po.trainers import loading
+    from fused_po.cli.report import Bar, Report, plot, rows
+    from fused_po.trainers import loading, whole
     from fused_po.trainers.data import counted, load_preferences, texts
     from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single
 
-    args, output = _engine(arguments), Path(arguments.output)
-    if not sys.stderr.isatty() or not args.should_save:
+    args, output = _engine(arguments), arguments.output_dir
+    bar = Bar() if sys.stderr.isatty() and args.should_save else None
+    if bar is None:
         datasets.disable_progress_bars()
-    loss = loss_of(arguments)
+    console = Console(quiet=not args.should_save)
+    loss, split = loss_of(arguments), split_of(arguments)
     check_trainable(loss)
-    split = None
-    if arguments.split is not None:
-        presets = {name: getattr(splits, name) for name in splits.__all__}
-        presets = {name: make for name, make in presets.items() if make.__annotations__.get("return") == "Split"}
-        presets["split"] = splits.Split
-        if arguments.split not in presets:
-            raise ValueError(f"--split {arguments.split}: expected one of {', '.join(sorted(presets))}")
-        split = _called(presets[arguments.split], "--split", named_values("--split-arg", arguments.split_arg))
-    rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-    if arguments.streaming and rows <= 0:
+    reached = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    if arguments.streaming and reached <= 0:
         raise ValueError("--streaming wants --steps: it reads as many rows as they take")
-    stream = rows if arguments.streaming else None
+    streamed = [reached if arguments.streaming else None, None]
     files = [one for one in (arguments.data, arguments.eval_data) if one is not None]
-    tokenizer = loading.load_tokenizer(arguments.model, texts(files[0], stream))
+    tokenizer = loading.load_tokenizer(arguments.model, texts(files[0], streamed[0]))
     model = loading.load_model(arguments.model, tokenizer, arguments.seed)
     limit = min(arguments.max_length, getattr(model.config, "max_position_embeddings", None) or arguments.max_length)
     options = {"single": learns_single(loss), "on_too_long": arguments.on_too_long, "num_proc": arguments.num_proc}
     options |= {"max_length": limit, "vocabulary": model.get_input_embeddings().weight.shape[0]}
     # the others read what it cached
     with args.main_process_first():
-        data = [
-            load_preferences(one, tokenizer, rows=None if number else stream, **options)
-            for number, one in enumerate(files)
-        ]
+        data = [load_preferences(one, tokenizer, rows=n, **options) for one, n in zip(files, streamed, strict=False)]
     model = loading.add_adapter(model, arguments.lora, arguments.seed) if arguments.lora else model
     checkpoint = _checkpoint(arguments, args) if arguments.resume else None
     kind: Any = PreferenceTrainer
@@ -192,52 +181,47 @@ def _train(arguments: argparse.Namespace) -> int:
         if args.world_size > 1 or args.gradient_accumulation_steps > 1 or split is not None:
             raise ValueError("--compare takes one process, --gradient-accumulation-steps 1 and no --split")
         from fused_po.cli.compare import ComparedTrainer as kind
-    trainer = kind(
-        model,
-        args,
-        data[0].rows,
-        data[1].rows if len(data) > 1 else None,
-        loss=loss,
-        split=split,
-        processing_class=tokenizer,
-    )
+    held_out = data[1].rows if len(data) > 1 else None
+    trainer = kind(model, args, data[0].rows, held_out, loss=loss, split=split, processing_class=tokenizer)
+    report = Report(output / "metrics.jsonl", trainer.accelerator, bar)
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
-    log = output / "metrics.jsonl"
-    report = Report(log, trainer.accelerator)
-    trainer.add_callback(report)
+    for callback in (report,) if bar is None else (bar, report):
+        trainer.add_callback(callback)
     for name, found in zip(files, data, strict=True):
-        noticed = [f"read as {found.layout}"] * bool(found.layout)
-        noticed += [counted(found.counts)] * bool(found.counts)
-        report.console.print(
-            f"{Path(name).name}: {len(found.rows)} rows" + (f" ({', '.join(noticed)})" if noticed else "")
-        )
+        noticed = [f"read as {found.layout}"] * bool(found.layout) + [counted(found.counts)] * bool(found.counts)
+        console.print(f"{Path(name).name}: {len(found.rows)} rows" + (f" ({', '.join(noticed)})" if noticed else ""))
     if tokenizer.eos_token is None:
-        report.console.print("the tokenizer has no end token: answers end where their text does")
+        console.print("the tokenizer has no end token: answers end where their text does")
+    if args.should_save and checkpoint is None:
+        whole.write_text(output / "settings.json", json.dumps(_settings(arguments, args), indent=2) + "\n")
+    if checkpoint is not None and _step(checkpoint) == args.max_steps:
+        # what ended before model/ was there has no step left
+        shutil.rmtree(output / ".incomplete", ignore_errors=True)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    else:
+        with report:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
     if args.should_save:
-        if checkpoint is None:
-            settings = json.dumps(_settings(arguments, args), indent=2)
-            (output / "settings.json").write_text(settings + "\n", encoding="utf-8")
-        step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
-        kept = [row for row in read_log(log) if row["step"] <= step]
-        log.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-    with report:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if report.interrupted and trainer.state.global_step < trainer.state.max_steps:
-        step = trainer.state.global_step
-        if args.should_save:
-            plot(log, output / "metrics.png", loss.name)
-        report.console.print(f"stopped after step {step}: the same command with --resume continues")
+        plot(rows(state.log_history), output / "metrics.png", loss.name)
+    if report.interrupted and state.global_step < state.max_steps:
+        console.print(f"stopped after step {state.global_step}: the same command with --resume continues")
         return INTERRUPTED
-    code = trainer.report(output, report.console) if arguments.compare else 0
+    code = trainer.report(output, console) if arguments.compare else 0
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(inner, "merge_and_unload") and not trainer.is_fsdp_enabled:
         trainer.model = inner.merge_and_unload()
-    trainer.save_model(str(output / "model"))
+    aside = whole.unfinished(output / "model")
+    with whole.writing("model/"):
+        trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
     if args.should_save:
-        plot(log, output / "metrics.png", loss.name)
+        state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        whole.put(output / "model")
     drawn = ", metrics.png" if (output / "metrics.png").exists() else ""
-    report.console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
+    console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
     return code
 
 
@@ -257,99 +241,62 @@ def _engine(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if kind.index:
         raise ValueError(f"--device {device}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
-    for one in arguments.rest:
-        flag = one.partition("=")[0].replace("_", "-")
-        if flag in _OURS:
-            raise ValueError(f"{flag} is not taken: give {_OURS[flag]}")
-    by_epochs = any(one.replace("_", "-").startswith("--num-train-epochs") for one in arguments.rest)
-    steps = arguments.steps or (-1 if by_epochs else 60)
-    begun = arguments.resume and any(arguments.output.glob("checkpoint-*"))
+    named = [one.partition("=")[0].removeprefix("--").replace("-", "_") for one in arguments.rest]
+    for name in named:
+        if name in arguments.flags:
+            raise ValueError(f"--{name.replace('_', '-')} is not taken: give {arguments.flags[name]}")
+    steps = arguments.max_steps or (-1 if "num_train_epochs" in named else 60)
+    evaluates, output = arguments.eval_data is not None, arguments.output_dir
+    # a run that is continued keeps the warm-up that it began with
+    begun = _written(output / "settings.json") if arguments.resume else {}
     kind_of: Any = TrainingArguments
     parser = HfArgumentParser(kind_of, prog="fused-po train", usage="see --help", allow_abbrev=False)
-    parser.set_defaults(
-        output_dir=str(arguments.output),
-        max_steps=steps,
-        per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=max(0, steps) // 10,
-        seed=arguments.seed,
-        bf16=arguments.dtype == "bfloat16",
-        use_cpu=kind.type == "cpu",
-        dataloader_pin_memory=kind.type != "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        eval_strategy="no" if arguments.eval_data is None else "steps",
-        eval_steps=arguments.eval_every,
-        eval_on_start=arguments.eval_data is not None and not begun,
-        save_steps=arguments.save_every,
-        save_total_limit=1,
-    )
+    ours = {name: value for name, value in vars(arguments).items() if name in TrainingArguments.__dataclass_fields__}
+    own = {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "warmup_steps": max(0, steps) // 10,
+        "per_device_eval_batch_size": arguments.per_device_train_batch_size,
+        "lr_scheduler_type": "constant_with_warmup",
+        "bf16": arguments.dtype == "bfloat16",
+        "use_cpu": kind.type == "cpu",
+        "dataloader_pin_memory": kind.type != "cpu",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "save_total_limit": 1,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_on_start": evaluates and not (arguments.resume and any(output.glob("checkpoint-*"))),
+    }
+    parser.set_defaults(**ours | own | {name: value for name, value in begun.items() if name == "warmup_steps"})
     args, rest = parser.parse_args_into_dataclasses(arguments.rest, True, look_for_args_file=False)
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)} (neither of fused-po train nor of TrainingArguments)")
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
     return args
-
-
-def loss_of(arguments: argparse.Namespace) -> Any:
-    """The loss that ``--loss``, ``--beta`` and ``--loss-arg`` name."""
-    from fused_po import losses
-
-    names = arguments.loss.split("+")
-    given = named_values("--loss-arg", arguments.loss_arg)
-    given |= {} if arguments.beta is None else {"beta": arguments.beta}
-    given |= {"paired": True} if names == ["sft"] else {}
-    return losses.create(names if len(names) > 1 else names[0], **given)
-
-
-def named_values(flag: str, given: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as Python values, words as they are."""
-    found: dict[str, Any] = {}
-    for one in given:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise ValueError(f"{flag} {one}: NAME=VALUE is wanted")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
-
-
-def _called(make: Any, flag: str, given: dict[str, Any]) -> Any:
-    try:
-        return make(**given)
-    except TypeError as error:
-        raise ValueError(f"{flag}: {error}") from None
 
 
 def _settings(arguments: argparse.Namespace, args: Any) -> dict[str, Any]:
     """What a continuation must have in common; a file and a folder count by their contents."""
-    found = {name: getattr(arguments, name) for name in _FIXED}
-    found |= {name: getattr(args, name) for name in _FIXED_OF_ENGINE}
-    found["data_seed"] = args.seed if args.data_seed is None else args.data_seed
-    if arguments.streaming:
-        # as many rows as they take are read, and put in order
-        found["steps"] = args.max_steps
-    path = Path(found["data"]).expanduser()
-    if path.exists():
-        found["data"] = content_of(path)
+    from fused_po.trainers.data import contents
+
+    found = {name: getattr(arguments, name) for name in _FIXED} | {
+        name: getattr(args, name) for name in _FIXED_OF_ENGINE
+    }
+    # as many rows as the steps take are read, and put in order
+    found |= {"max_steps": args.max_steps} if arguments.streaming else {}
+    return found | {"data": contents(arguments.data) or arguments.data}
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What a run wrote as JSON: its settings, or the state that its model was saved in."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("warmup_steps", 0), int | float):
+        raise ValueError(f"{path} can't be read: it is not what a run writes")
     return found
-
-
-def content_of(path: Path) -> str:
-    """A digest of a file, or of the files in a folder."""
-    digest = hashlib.sha256()
-    for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        # datasets keeps its caches beside the rows
-        if one.is_file() and (one is path or not one.name.startswith(("cache-", "."))):
-            digest.update(b"" if one is path else one.relative_to(path).as_posix().encode())
-            with one.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
@@ -358,24 +305,30 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     Raises:
         ValueError: it can't be read, holds all steps, or belongs to a run with other arguments.
     """
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
-    output: Path = arguments.output
-    found = get_last_checkpoint(str(output))
-    before, now = json.loads((output / "settings.json").read_text(encoding="utf-8")), _settings(arguments, args)
-    for name in before:
-        if name == "data" and now[name] != before[name]:
+    output: Path = arguments.output_dir
+    now = _settings(arguments, args)
+    for name, before in _written(output / "settings.json").items():
+        if name == "data" and now[name] != before:
             raise ValueError("--resume with other --data: its contents have changed")
-        if now.get(name) != before[name]:
-            flag = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume with another {flag}: {now.get(name)}, the run began with {before[name]}")
-    steps = args.max_steps
+        if now.get(name) != before:
+            flag = arguments.flags.get(name, f"--{name.replace('_', '-')}")
+            flag = "number of processes" if name == "world_size" else flag
+            raise ValueError(f"--resume with another {flag}: {now.get(name)}, the run began with {before}")
+    found, steps = get_last_checkpoint(str(output)), args.max_steps
     if found is None:
         return None
-    step = int(found.rpartition("-")[2])
-    if step >= steps > 0:
+    step, state = _step(found), output / "model" / TRAINER_STATE_NAME
+    done = _written(state).get("global_step") if state.exists() else None
+    if step > steps > 0 or step == steps == done:
         raise ValueError(f"nothing to resume: {output} holds all {steps} steps; more --steps continue it")
     for path in Path(found).iterdir():
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} can't be read: it is not whole")
     return found
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])

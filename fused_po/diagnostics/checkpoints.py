@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +112,24 @@ def config_of(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    adapter = folder / "adapter_config.json"
+    with _readable(folder):
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+        return AutoConfig.from_pretrained(base or folder)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What a broken file of a folder raises within, which has no common base, as ValueError that names the folder."""
     try:
-        name = (
-            json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
-        )
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the config of {folder} can't be read: {str(error).splitlines()[0]}") from None
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder} can't be read: {textwrap.shorten(repr(error), 300)}") from None
 
 
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Of the weights in a folder, by name, from the heads of their files."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -132,11 +139,8 @@ def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     pattern = "adapter_model*.safetensors" if adapter else "model*.safetensors"
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob(pattern)):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} can't be read: {error}") from None
+        with _readable(file), safe_open(file, framework="pt") as weights:
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     if not found:
         raise ValueError(f"{folder} holds no {pattern}")
     return found
@@ -149,7 +153,8 @@ def _check_tokenizers(folders: Sequence[Path], tokenizer: Any) -> None:
     for folder in folders:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             continue
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        with _readable(folder):
+            vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
         if wanted is None:
             wanted, whose = vocabulary, f"that of {folder}"
         if vocabulary != wanted:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.peaks import peak
 from fused_po.ops.routes import Route
-from fused_po.ops.sizes import Sizes
+from fused_po.ops.sizes import Sizes, default_scratch
 
 __all__ = ["ROUTES", "MemoryPrediction", "largest_length", "predict_memory"]
 
@@ -100,7 +99,7 @@ def predict_memory(
     if route == "full_logits":
         return _full_logits(tokens * vocab_size, inputs, d_hidden + d_weight, narrow, entropy)
     kind = torch.device(device).type
-    scratch = DEFAULT_SCRATCH_BYTES.get(kind, GIB) if scratch_bytes is None else scratch_bytes
+    scratch = default_scratch(kind) if scratch_bytes is None else scratch_bytes
     wanted, fused = Wanted(True, trainable, False), route == "linear_loss"
     sizes = Sizes(hidden_size, vocab_size, dtype, dtype, wanted, scratch)
     way = Route.of(sizes, tokens, fused=fused, unscaled=fused and not entropy)

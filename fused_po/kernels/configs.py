@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "KERNELS",
     "TABLE",
     "architecture",
     "block_and_warps",
     "block_product_config",
+    "checked",
     "launch_config",
     "override",
     "row_options",
 ]
 
 TABLE = Path(__file__).with_suffix(".json")
+KERNELS = ("row_stats", "row_softmax", "row_grad")
 
 Config = dict[str, int]
 
@@ -49,7 +52,24 @@ def _architecture(index: int | None) -> str:
 
 @lru_cache
 def _table() -> dict[str, dict[str, Config]]:
-    found: dict[str, dict[str, Config]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return checked(TABLE.read_bytes())
+
+
+def checked(text: str | bytes) -> dict[str, dict[str, Config]]:
+    """A table from its JSON: by architecture and kernel, a power of two of columns and of warps.
+
+    Raises:
+        ValueError: it is another thing, or lacks a default.
+    """
+    try:
+        found: dict[str, dict[str, Config]] = json.loads(text)
+        for name in ("default", *found):
+            for kernel in KERNELS if name == "default" else found[name]:
+                block, warps = (found[name][kernel][key] for key in ("BLOCK", "num_warps"))
+                if kernel not in KERNELS or block < 1 or block & (block - 1) or warps not in (1, 2, 4, 8, 16, 32):
+                    raise ValueError(f"{name}, {kernel}: {block} columns, {warps} warps")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{TABLE} is no table of block sizes ({type(error).__name__}: {error})") from None
     return found
 
 

@@ -27,13 +27,10 @@ from fused_po.ops.devices import stands_for
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head, compute_dtype
 from fused_po.ops.planning import Plan, blind, default_plan
-from fused_po.ops.sizes import Sizes
+from fused_po.ops.sizes import Sizes, default_scratch
 from fused_po.ops.tokens import Tokens
 
 __all__ = ["HeadCall", "prepare", "whole"]
-
-GIB = 1 << 30
-DEFAULT_SCRATCH_BYTES = {"cpu": 96 * GIB // 1024}
 
 
 def whole(*parameters: Tensor | None) -> AbstractContextManager[None]:
@@ -146,7 +143,7 @@ def prepare(
     if cu_seqlens is not None and labels.ndim != 1:
         raise ValueError(f"cu_seqlens goes with packed labels (N,): got labels {tuple(labels.shape)}")
     if scratch_bytes is None:
-        scratch_bytes = DEFAULT_SCRATCH_BYTES.get(stands_for(hidden), GIB)
+        scratch_bytes = default_scratch(stands_for(hidden))
     require_number("scratch_bytes", scratch_bytes, whole=True)
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must not be negative: got {scratch_bytes}")

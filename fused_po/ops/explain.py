@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES, GIB
 from fused_po.ops.checks import require_number
-from fused_po.ops.costs import PRICES, route_seconds
+from fused_po.ops.costs import PRICES
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.peaks import peak
 from fused_po.ops.routes import Route
-from fused_po.ops.sizes import Sizes
+from fused_po.ops.sizes import Sizes, default_scratch
 from fused_po.prices import DEVICES, Device
 
-__all__ = ["explain"]
+__all__ = ["explain", "usual_route"]
 
 
 def explain(
@@ -62,25 +61,40 @@ def explain(
         raise ValueError(f"operation must be linear_loss or linear_token_stats: got {operation!r}")
     fused = operation == "linear_loss"
     kind, prices = _device(device)
-    scratch = DEFAULT_SCRATCH_BYTES.get(kind, GIB) if scratch_bytes is None else scratch_bytes
-    stored = dtype if weight_dtype is None else weight_dtype
     if not rows:
         return "0 rows: no label carries loss, so the head is not run"
-    sizes = Sizes(hidden_size, vocab_size, dtype, stored, Wanted(True, trainable, False), scratch)
-    route = Route.of(sizes, rows, fused=fused, unscaled=fused)
-    costs = route_seconds(route, rows, fused=fused, on=prices)
+    stored = dtype if weight_dtype is None else weight_dtype
+    route = usual_route(rows, hidden_size, vocab_size, fused, dtype, stored, trainable, kind, scratch_bytes)
+    sizes, costs = route.sizes, route.seconds(rows, fused=fused, on=prices)
     total, products = sum(costs.values()), costs["the products"]
     most = peak(route, rows, fused=fused, plain=True, widens=kind == "cpu" and dtype.itemsize < 4)
     lines = [
         f"{rows} rows, H = {hidden_size}, V = {vocab_size}, products of {_name(dtype)}, weight in {_name(stored)}, "
         f"{'trained' if trainable else 'frozen'} head",
-        f"budget: {_size(scratch)} of scratch" + _beside(sizes),
+        f"budget: {_size(sizes.scratch)} of scratch" + _beside(sizes),
         *_decisions(route, rows, fused),
         f"at the peak: {_size(most.scratch)} of tiles, products and copies"
         + (f", {_size(most.accumulator)} of dW in a wider dtype" if most.accumulator else ""),
         f"on paper, {prices.name}: {_time(total)}, {total / products:.3f} times the products alone",
     ]
     return "\n".join([*lines, *(f"  {name}: {_time(seconds)}" for name, seconds in costs.items() if seconds)])
+
+
+def usual_route(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    fused: bool,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    trainable: bool,
+    kind: str,
+    scratch_bytes: int | None,
+) -> Route:
+    """Of a call whose gradients come through log-probs; ``kind``: the type of its device, which decides the budget."""
+    scratch = default_scratch(kind) if scratch_bytes is None else scratch_bytes
+    sizes = Sizes(hidden_size, vocab_size, dtype, stored, Wanted(True, trainable, False), scratch)
+    return Route.of(sizes, rows, fused=fused, unscaled=fused)
 
 
 def _device(given: torch.device | str) -> tuple[str, Device]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_po.ops.checks import IGNORE, check_cu_seqlens
 from fused_po.ops.devices import has_values
+from fused_po.ops.explain import explain
 
 __all__ = ["Chunk", "Plan", "Rows", "cut", "make_plan", "static_plan", "steps"]
 
@@ -54,8 +55,6 @@ class Plan:
             options: ``operation``, ``dtype``, ``weight_dtype``, ``trainable``, ``device``, ``scratch_bytes``, see
                 ``fused_po.ops.explain``.
         """
-        from fused_po.ops.explain import explain
-
         return explain(self.count, hidden_size, vocab_size, **options)
 
     @property

@@ -12,10 +12,11 @@ from functools import lru_cache
 import torch
 
 from fused_po.kernels.contract import accumulation_dtype
-from fused_po.ops.costs import chunk_seconds, recompute_seconds, route_seconds
+from fused_po.ops.costs import PRICES, accumulating, chunk_seconds, recompute_seconds
 from fused_po.ops.shapes import GRAIN, fit, grained, tile_bytes, tile_columns, tile_square
 from fused_po.ops.sizes import Sizes
 from fused_po.ops.workspace import padded
+from fused_po.prices import Device
 
 __all__ = ["Route"]
 
@@ -116,6 +117,44 @@ class Route:
         each = -(-count // -(-count // self.chunk))
         return min(self.chunk, each if each < GRAIN else -(-each // GRAIN) * GRAIN)
 
+    def seconds(self, rows: int, *, fused: bool, on: Device = PRICES) -> dict[str, float]:
+        """Seconds on paper, by item, of a forward and backward of so many rows, with gradients through logp only.
+
+        Routes are chosen by their sum; ``Plan.explain`` lists them.
+
+        Args:
+            rows: N.
+            fused: of ``linear_loss``, with horizons that fit a chunk; else of ``linear_token_stats``.
+            on: whose prices; default those that routes are chosen by.
+        """
+        sizes = self.sizes
+        wanted, elements, head = sizes.wanted, rows * sizes.vocab, sizes.vocab * sizes.hidden
+        product = 2 * elements * sizes.hidden / on.rate(sizes.compute)
+        chunk = min(rows, self.chunk_rows(rows)) if fused and not self.eager else rows
+        several = fused and self.several(rows)
+        kept = rows if self.eager or several or not wanted.any else self.keeps(rows, False)
+        again = rows - kept if wanted.any else 0
+        block, columns = self.shape(again)
+        blocks, slices = -(-again // block), -(-sizes.vocab // columns)
+        accumulates = wanted.weight and (several or self.wide or blocks > 1)
+        rounds = accumulates and sizes.accumulator > 0
+        added = (-(-rows // chunk) if several else 1 + (blocks if kept else blocks - 1) if again else 1) - 1
+        again_scaled = accumulating(sizes, on) * added if sizes.compute == torch.float16 and several else 0.0
+        tiles = on.moved(elements * sizes.wide) + (on.moved(kept * sizes.vocab * sizes.narrow) if wanted.any else 0)
+        return {
+            "the products": product * (1 + wanted.hidden + wanted.weight),
+            "logits read, their gradient written": tiles,
+            "logits made again, read and their gradient written": product * again / max(1, rows)
+            + on.moved(again * sizes.vocab * (sizes.wide + sizes.narrow)),
+            "dW read and written again": on.moved(2 * head * sizes.wide) * added if wanted.weight else 0.0,
+            "dH read and written again": on.moved(2 * again * sizes.hidden * sizes.wide) * (slices - 1),
+            "the weight cast": on.moved(head * (sizes.stored.itemsize + sizes.narrow)) if sizes.copied else 0.0,
+            # where coefficients grow from chunk to chunk; else a look at a number
+            "dW brought to another scale": again_scaled,
+            "dW rounded": on.moved(head * (sizes.wide + sizes.stored.itemsize)) if rounds else 0.0,
+            "dW scaled": on.moved(2 * sizes.returned) if fused and not rounds and rows > self.waiting else 0.0,
+        }
+
     def recomputing(self) -> Route:
         """The same where nothing that waits is of use."""
         return replace(self, eager=False)
@@ -196,7 +235,7 @@ def _cheapest(sizes: Sizes, rows: int, fused: bool, unscaled: bool, parts: bool)
         # nothing is made again, or it must not follow the length
         return usual
     others = [Route._within(sizes, sizes.scratch * share // 16, **options) for share in range(2, 13)]
-    return min((usual, *others), key=lambda route: sum(route_seconds(route, rows, fused=fused).values()))
+    return min((usual, *others), key=lambda route: sum(route.seconds(rows, fused=fused).values()))
 
 
 def _eager(sizes: Sizes, product_rows: int, area: int, logits_row: int) -> Route:

@@ -12,7 +12,12 @@ from fused_po.kernels.select import requested_backend
 from fused_po.ops.gradients import Wanted
 from fused_po.ops.head import Head
 
-__all__ = ["Sizes"]
+__all__ = ["Sizes", "default_scratch"]
+
+
+def default_scratch(device: str) -> int:
+    """Bytes of the budget where a call names none, by the type of its device."""
+    return 96 << 20 if device == "cpu" else 1 << 30
 
 
 @dataclass(frozen=True)

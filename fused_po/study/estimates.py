@@ -1,14 +1,19 @@
-"""What a few seeds say about a mean, and a few checkpoints about a curve. A number that is not defined is NaN."""
+"""What a few seeds say about a mean. A number that is not defined is NaN."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from scipy import stats
+import numpy
+from scipy import optimize, special, stats
 
-__all__ = ["around_line", "fluctuation", "mean_and_error", "ratio", "two_sided_p", "written"]
+__all__ = ["LEVEL", "Estimate", "holm", "mean_and_error", "power", "ratio", "seeds_for", "two_sided_p", "written"]
+
+# of all tests together, and of what lies outside an interval
+LEVEL = 0.05
 
 
 def ratio(part: float, whole: float) -> float:
@@ -33,48 +38,111 @@ def written(values: Sequence[float]) -> str:
     return f"{mean:.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
 
 
-def two_sided_p(values: Sequence[float]) -> float:
-    """How often the mean of that many independent Gaussian numbers around 0 is at least as many of its standard errors
-    from 0 (Student's t test); NaN where the mean or its error is.
+def two_sided_p(values: numpy.ndarray) -> numpy.ndarray:
+    """How often the mean of n independent Gaussian numbers around 0 is at least as many of its standard errors from 0
+    (Student's t test), over the last axis: (..., n) -> (...).
+
+    NaN where a value is not finite or n is below 2; 1 where all values are 0, 0 where all are another number.
     """
-    mean, error = mean_and_error(values)
-    if math.isnan(error):
-        return math.nan
-    # scipy warns, and answers NaN or 0, where all values are equal
-    if error == 0.0:
-        return 0.0 if mean else 1.0
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+    values = numpy.asarray(values, dtype=float)
+    first = values[..., :1]
+    alike = (values == first).all(-1)
+    if values.shape[-1] < 2:
+        return numpy.full(values.shape[:-1], math.nan)
+    # scipy warns of numbers that are all alike, and of infinite ones
+    with numpy.errstate(all="ignore"):
+        kept = numpy.where(alike[..., None], numpy.arange(values.shape[-1], dtype=float), values)
+        kept = numpy.where(numpy.isfinite(values).all(-1, keepdims=True), kept, math.nan)
+        p = stats.ttest_1samp(kept, 0.0, axis=-1).pvalue
+    alike &= numpy.isfinite(values).all(-1)
+    return numpy.where(alike, numpy.where(first[..., 0] == 0.0, 1.0, 0.0), p)
 
 
-def around_line(times: Sequence[float], values: Sequence[float]) -> float:
-    """The variance of values around their straight line in time, without bias where they scatter independently; NaN
-    for fewer than three.
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over n seeds, and how large it is beside their spread.
+
+    Attributes:
+        mean, low, high: the mean and its interval by Student's t at 95 %.
+        d, d_low, d_high: the mean over the standard deviation of single seeds, Hedges' g, without the bias of small n
+            (Hedges, J. Educ. Stat. 6, 1981), and its interval from the noncentral t at 95 %.
     """
-    if len(values) < 3:
-        return math.nan
-    slope, intercept = statistics.linear_regression(times, values)
-    residuals = (v - slope * t - intercept for t, v in zip(times, values, strict=True))
-    return sum(r * r for r in residuals) / (len(values) - 2)
+
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    d: float = math.nan
+    d_low: float = math.nan
+    d_high: float = math.nan
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """Of the numbers of seeds; all NaN where one of them is not finite."""
+        mean, error = mean_and_error(values)
+        if not error > 0.0:
+            return Estimate(mean)
+        n, freedom = len(values), len(values) - 1
+        interval = stats.ttest_1samp(values, 0.0).confidence_interval(1.0 - LEVEL)
+        low, high = float(interval.low), float(interval.high)
+        if freedom < 2:
+            return Estimate(mean, low, high)
+        correction = special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2) - math.log(freedom / 2) / 2
+        unit = math.exp(correction) / math.sqrt(n)
+        t, sign = abs(mean / error), math.copysign(1.0, mean)
+        ends = sorted(sign * unit * _noncentrality(t, freedom, p) for p in (LEVEL / 2, 1.0 - LEVEL / 2))
+        return Estimate(mean, low, high, sign * unit * t, *ends)
+
+    @property
+    def text(self) -> str:
+        """The mean and its interval in words."""
+        if math.isnan(self.mean):
+            return "undefined"
+        return f"{self.mean:.3g}" + ("" if math.isnan(self.low) else f" [{self.low:.3g}, {self.high:.3g}]")
+
+    @property
+    def effect(self) -> str:
+        """The effect size and its interval in words."""
+        return "-" if math.isnan(self.d) else f"{self.d:.2f} [{self.d_low:.2f}, {self.d_high:.2f}]"
 
 
-def fluctuation(times: Sequence[float], draws: Sequence[Sequence[float]]) -> float:
-    """The share of a curve's mean square that is neither its level nor its trend: 0 for a straight line, up to about 1
-    for a curve without either.
+def _noncentrality(t: float, freedom: int, p: float) -> float:
+    """The shift for which a noncentral t is at most ``t``, which is not negative, with probability ``p``."""
 
-    What independent draws at the same time differ in is no change of the curve: their variance gives the error of their
-    mean, which is taken off both. The result can come out below 0, and does so in half of the cases where the curve is
-    a straight line.
+    def excess(shift: float) -> float:
+        found = float(stats.nct.cdf(t, freedom, shift))
+        # scipy says NaN where the answer is 0 or 1 to all digits
+        return (float(shift < t) if math.isnan(found) else found) - p
 
-    Args:
-        times: of the checkpoints.
-        draws: for each time, one value where it is known exactly, or two and more independent estimates of it.
+    # uncertain by a few units, and by a multiple of t where n is small
+    reach = 10.0 + abs(t)
+    return float(optimize.brentq(excess, t - reach, t + reach))
 
-    Returns:
-        NaN where the curve is smaller than the error of drawing it, or 0 throughout: a share of nothing.
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p corrected for being one of several by Holm's step-down procedure (Scand. J. Stat. 6, 1979): where all at or
+    below a level count as found, one that is about nothing is among them no more often than the level says.
+
+    A test without p stays NaN and counts among the several.
     """
-    means = [statistics.fmean(row) for row in draws]
-    noise = statistics.fmean(statistics.variance(row) / len(row) if len(row) > 1 else 0.0 for row in draws)
-    size = statistics.fmean(mean * mean for mean in means) - noise
-    if not size > noise:
-        return math.nan
-    return (around_line(times, means) - noise) / size
+    # takes more than a second to import
+    from statsmodels.stats.multitest import multipletests
+
+    if not p:
+        return []
+    given = [1.0 if math.isnan(one) else one for one in p]
+    corrected = multipletests(given, LEVEL, "holm")[1].tolist()
+    return [math.nan if math.isnan(one) else new for one, new in zip(p, corrected, strict=True)]
+
+
+def power(seeds: int, claims: int, effect: float = 1.0) -> float:
+    """How often a claim with a mean of ``effect`` standard deviations is found by the first, strictest step of Holm's
+    procedure among ``claims``; NaN for fewer than two seeds.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    return float(TTestPower().power(effect, seeds, LEVEL / claims)) if seeds > 1 else math.nan
+
+
+def seeds_for(wanted: float, claims: int, effect: float = 1.0) -> int:
+    """The fewest seeds of which ``power`` is at least ``wanted``, below 1."""
+    return next(seeds for seeds in range(2, 10_000) if power(seeds, claims, effect) >= wanted)

@@ -16,12 +16,12 @@ from fused_po.losses import Loss
 from fused_po.ops import linear_loss
 from fused_po.splits import Split
 from fused_po.study.policy import Language, Sample, sample, token_logp
-from fused_po.study.settings import Settings
+from fused_po.study.settings import Arm, Settings
 from fused_po.study.task import Prompt, reward
 from fused_po.trainers.batches import AnswerBatch
 from fused_po.trainers.model import hidden_and_head
 
-__all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "alignments", "pair_examples", "supervise"]
+__all__ = ["MAX_TOKENS", "Learner", "PairLearner", "RolloutLearner", "batch_loss", "pair_examples", "supervise"]
 
 # of an answer: three terms of three digits, two signs and the end are 12
 MAX_TOKENS = 14
@@ -54,27 +54,11 @@ def pair_examples(
     return Examples(_inputs(batch), batch.labels, {"ref_logp": reference})
 
 
-@torch.enable_grad()
-def alignments(model: nn.Module, draws: Sequence[Examples], loss: Loss, target: Examples) -> list[float]:
-    """G of the whole loss over each draw of D, exactly: what ``gradient_alignment`` says, without the parts."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradient(value: Tensor) -> list[Tensor]:
-        return [one.double() for one in torch.autograd.grad(value, parameters)]
-
-    towards = gradient(-token_logp(model, _batch(target)).sum() / target.labels.shape[0])
-    found = []
-    for examples in draws:
-        along = gradient(_loss(model, _batch(examples), loss, None, examples.side_inputs))
-        found.append(sum((one * other).sum().item() for one, other in zip(along, towards, strict=True)))
-    return found
-
-
 class Learner:
-    """A model in training; ``loss`` is what it descends on, ``split`` how the sides of it count."""
+    """A model in training; ``loss`` is what it descends on, ``arm`` how."""
 
-    def __init__(self, model: nn.Module, loss: Loss, split: Split | None, lr: float, settings: Settings) -> None:
-        self.model, self.loss, self.split, self.settings = model, loss, split, settings
+    def __init__(self, model: nn.Module, loss: Loss, arm: Arm, lr: float, settings: Settings) -> None:
+        self.model, self.loss, self.arm, self.settings = model, loss, arm, settings
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.done = 0
@@ -83,14 +67,12 @@ class Learner:
         """One update of the policy."""
         raise NotImplementedError
 
-    def examples(self) -> tuple[Examples, list[Examples]]:
-        """D at the model's parameters: what G is taken apart over, and all that it is measured over as a whole, each
-        draw of D for itself. Training does not notice.
-        """
+    def examples(self) -> list[Examples]:
+        """D at the model's parameters, each draw of it for itself. Training does not notice."""
         raise NotImplementedError
 
     def _learn(self, examples: Examples) -> None:
-        split = None if self.split is None else self.split.at(self.done / self.settings.steps)
+        split = None if self.arm.split is None else self.arm.split.at(self.done / self.settings.steps)
         _backward(self.model, _batch(examples), self.loss, split, examples.side_inputs)
         _update(self.optimizer, self.model)
         self.done += 1
@@ -104,22 +86,21 @@ class PairLearner(Learner):
         start: nn.Module,
         language: Language,
         pairs: Sequence[tuple[Sample, Sample]],
-        split: Split | None,
+        arm: Arm,
         settings: Settings,
         seed: int,
     ) -> None:
         loss = losses.create("sigmoid", beta=settings.beta)
-        super().__init__(copy.deepcopy(start), loss, split, settings.dpo_lr, settings)
+        super().__init__(copy.deepcopy(start), loss, arm, settings.dpo_lr, settings)
         self._all = pair_examples(start, language, pairs, self.device)
         self._order = self._orders(len(pairs), random.Random(seed))
-        self._probe = _rows(self._all, _both(range(min(len(pairs), settings.samples // 2)), len(pairs)))
 
     def step(self) -> None:
         self._learn(_rows(self._all, next(self._order)))
 
-    def examples(self) -> tuple[Examples, list[Examples]]:
-        """As a whole over all pairs: what DPO descends on, without an error of drawing."""
-        return self._probe, [self._all]
+    def examples(self) -> list[Examples]:
+        """All pairs: what DPO descends on, without an error of drawing."""
+        return [self._all]
 
     def _orders(self, count: int, draw: random.Random) -> Iterator[list[int]]:
         size = min(self.settings.batch // 2, count)
@@ -137,14 +118,15 @@ class RolloutLearner(Learner):
         start: nn.Module,
         language: Language,
         prompts: Sequence[Prompt],
-        split: Split | None,
+        arm: Arm,
         settings: Settings,
         seed: int,
     ) -> None:
         loss = losses.create(settings.policy_loss, epsilon=settings.epsilon)
-        super().__init__(copy.deepcopy(start), loss, split, settings.ppo_lr, settings)
+        super().__init__(copy.deepcopy(start), loss, arm, settings.ppo_lr, settings)
         self._language, self._prompts, self._random = language, prompts, random.Random(seed)
         self._probing = random.Random(seed)
+        self._start = start
         self._critic = None if settings.policy_loss == "grpo" else _Critic(start, settings.critic_lr)
         self._waiting: list[Examples] = []
 
@@ -161,7 +143,7 @@ class RolloutLearner(Learner):
         side_inputs = {name: value for name, value in examples.side_inputs.items() if name in self.loss.needs}
         self._learn(Examples(examples.inputs, examples.labels, side_inputs))
 
-    def examples(self) -> tuple[Examples, list[Examples]]:
+    def examples(self) -> list[Examples]:
         """Fresh rollouts: before an update the ratio to the sampling policy is 1, and nothing is clipped."""
         found = []
         # an arm that is probed goes on with the draws of one that is not
@@ -170,7 +152,7 @@ class RolloutLearner(Learner):
                 torch.manual_seed(self._probing.getrandbits(63))
                 one = self._rollouts(self.settings.samples, self._probing)
                 found.append(Examples(one.inputs, one.labels, {"advantage": one.side_inputs["advantage"]}))
-        return found[0], found
+        return found
 
     def _rollouts(self, count: int, draw: random.Random) -> Examples:
         generations = self.settings.generations
@@ -180,10 +162,13 @@ class RolloutLearner(Learner):
         batch = self._language.pad(samples, self.device)
         with torch.no_grad():
             found = {"old_logp": token_logp(self.model, batch)}
+            penalty = torch.zeros_like(found["old_logp"])
+            if self.arm.kl:
+                penalty = self.arm.kl * (found["old_logp"] - token_logp(self._start, batch))
         if self._critic is None:
-            found["advantage"] = advantages.group_relative(rewards, num_generations=generations)
+            found["advantage"] = advantages.group_relative(rewards - penalty.sum(1), num_generations=generations)
         else:
-            found |= self._critic.judge(batch, rewards)
+            found |= self._critic.judge(batch, rewards, penalty)
         return Examples(_inputs(batch), batch.labels, found)
 
 
@@ -205,12 +190,14 @@ class _Critic:
         return values
 
     @torch.no_grad()
-    def judge(self, batch: AnswerBatch, rewards: Tensor) -> dict[str, Tensor]:
-        """Advantages, whitened, with returns and values, (B, S - 1) each."""
+    def judge(self, batch: AnswerBatch, rewards: Tensor, penalty: Tensor) -> dict[str, Tensor]:
+        """Advantages, whitened, with returns and values, (B, S - 1) each, from rewards (B,) less a penalty per token,
+        (B, S - 1).
+        """
         mask, values = batch.labels != -100, self._values(_inputs(batch))
         # the reward stands at the last token of each answer
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-        found, returns = advantages.gae(torch.where(last, rewards.unsqueeze(1), 0.0), values, mask)
+        found, returns = advantages.gae(torch.where(last, rewards.unsqueeze(1), 0.0) - penalty, values, mask)
         return {"advantage": advantages.whiten(found, mask), "returns": returns, "values": values}
 
     def learn(self, examples: Examples) -> None:
@@ -221,9 +208,10 @@ class _Critic:
         self._optimizer.zero_grad()
 
 
-def _loss(
+def batch_loss(
     model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: Mapping[str, Any]
 ) -> Tensor:
+    """The loss of a batch, (), to be differentiated."""
     backbone, head = hidden_and_head(model)
     hidden = backbone(**_inputs(batch))[:, :-1]
     return linear_loss(hidden, head.weight, batch.labels, loss, split=split, **head.options, **side_inputs).loss
@@ -232,7 +220,7 @@ def _loss(
 def _backward(
     model: nn.Module, batch: AnswerBatch, loss: Loss, split: Split | None, side_inputs: Mapping[str, Any]
 ) -> None:
-    value = _loss(model, batch, loss, split, side_inputs)
+    value = batch_loss(model, batch, loss, split, side_inputs)
     if not value.isfinite():
         raise FloatingPointError(f"the loss is {value.item()}; a smaller learning rate?")
     value.backward()

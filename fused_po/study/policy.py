@@ -1,9 +1,9 @@
-"""The policy: a small model with one token per character, or any causal language model; sampling from it."""
+"""The policy: a small model with one token per character, and sampling from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +38,14 @@ class Language:
     """Prompts and answers in the tokens of a model."""
 
     tokenizer: Any
+    # the few prompts of the task are asked for all the time
+    _prompts: dict[Prompt, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt.text)["input_ids"]
-        # a tokenizer may end what it encodes; the answer comes behind that
-        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        """Its token ids."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self.tokenizer(prompt.text)["input_ids"]
+        return self._prompts[prompt]
 
     def answer(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -91,8 +94,10 @@ def new_model(tokenizer: Any, hidden_size: int, layers: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def sample(model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int) -> list[Sample]:
-    """An answer to each prompt, drawn at temperature 1."""
+def sample(
+    model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int, greedy: bool = False
+) -> list[Sample]:
+    """An answer to each prompt, drawn at temperature 1, or of the likeliest tokens."""
     tokenizer, device = language.tokenizer, next(model.parameters()).device
     rows = [language.prompt(prompt) for prompt in prompts]
     width = max(map(len, rows))
@@ -101,13 +106,11 @@ def sample(model: Any, language: Language, prompts: Sequence[Prompt], max_tokens
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     training = model.training
     model.eval()
+    drawing = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     drawn = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **drawing,
         max_new_tokens=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,31 +1,58 @@
-"""What a study leaves: tables as CSV, plots as PNG, and a report as HTML and Markdown with the same contents."""
+"""The files of a study: its numbers as CSV, its plots, and a report as HTML and Markdown."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fused_po.study.claims import FALSE_VERDICTS, Curves, Finding, judge
-from fused_po.study.estimates import written
-from fused_po.study.figures import FIGURES, draw
+from fused_po.study.claims import Claim, Curves, Finding, judge, late
+from fused_po.study.estimates import LEVEL, power, seeds_for, written
+from fused_po.study.figures import FIGURES, draw, draw_findings
+from fused_po.study.page import Page, anchor
+from fused_po.study.panels import NAMES
+from fused_po.study.paper import CLAIMS
 from fused_po.study.run import Bin, Point, Results
-from fused_po.study.settings import ARMS, METHODS, Settings
 
-__all__ = ["read_results", "write_report", "write_results"]
+__all__ = ["About", "in_words", "read_results", "result", "write_report", "write_results"]
 
-_TEMPLATES = Path(__file__).parent
 # of the table of arms, over the last third of a run
 _COLUMNS = {
     "reward/held_out": "held-out reward",
     "reward/train": "training reward",
     "reward/gap": "gap",
+    "pass@8/held_out": "pass@8",
+    "accuracy/held_out": "accuracy on pairs",
     "entropy/held_out": "entropy per token",
     "distinct/held_out": "distinct answers",
     "kl/held_out": "KL to start",
 }
+SMOKE = "**A smoke run: it shows that everything works, and says nothing about the claims.**"
+
+
+@dataclass(frozen=True)
+class About:
+    """What was run, in words.
+
+    Attributes:
+        title: of the report.
+        lines: model, data, sizes and versions, what D and D' are; each may hold ``**bold**`` and ```code```.
+        settings: name -> value.
+        command: that repeats the study.
+        seconds: of processor time.
+        smoke: the runs only show that everything works: there are no verdicts.
+        notes: on single figures and claims, said above the claims.
+    """
+
+    title: str
+    lines: Sequence[str]
+    settings: Mapping[str, Any]
+    command: str
+    seconds: float
+    smoke: bool = False
+    notes: Sequence[str] = field(default_factory=tuple)
 
 
 def write_results(results: Results, output: Path) -> None:
@@ -41,72 +68,184 @@ def read_results(output: Path) -> Results:
 
 def write_report(
     results: Results,
-    settings: Settings,
+    about: About,
     output: Path,
-    command: str,
-    seconds: float,
     failures: Mapping[int, str] | None = None,
+    claims: Sequence[Claim] = CLAIMS,
 ) -> list[Finding]:
     """``claims.csv``, ``plots/*.png``, ``report.html`` and ``report.md``.
 
     Args:
         results: of all seeds.
-        settings: what was run.
+        about: what was run.
         output: a folder.
-        command: that repeats the study.
-        seconds: of processor time that it took.
         failures: seeds without results, and what they failed with.
+        claims: the confirmatory ones among them share Holm's correction.
 
     Returns:
         what the runs say to each claim.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     curves = Curves(results)
-    findings = judge(curves)
-    with (output / "claims.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        names = [f"seed {seed}" for seed in curves.seeds]
-        table.writerow(["claim", "source", "number", "figure", "verdict", "mean", "standard error", "p", *names])
-        for one in findings:
-            claim = one.claim
-            row = [claim.text, claim.source, claim.number, claim.figure, one.verdict, one.mean, one.error, one.p]
-            table.writerow([*row, *one.values])
+    findings = judge(curves, claims, about.smoke)
+    _write_claims(findings, curves.seeds, output / "claims.csv")
     (output / "plots").mkdir(exist_ok=True)
-    images = {}
+    images = {"claims": draw_findings(findings)}
     for name, figure in FIGURES.items():
-        images[name], picture = draw(figure, curves, results)
+        drawn = draw(figure, curves, results)
+        if drawn is not None:
+            images[name] = drawn
+    for name, (_, picture) in images.items():
         (output / "plots" / f"{name}.png").write_bytes(picture)
-    context = {
-        "command": command,
-        "minutes": seconds / 60,
-        "settings": asdict(settings),
-        "seeds": curves.seeds,
-        "failures": failures or {},
-        "findings": findings,
-        "rate": FALSE_VERDICTS,
-        "figures": FIGURES,
-        "images": images,
-        "columns": list(_COLUMNS.values()),
-        "arms": list(_arms(curves)),
-    }
-    for name in ("report.html", "report.md"):
-        environment = Environment(
-            loader=FileSystemLoader(_TEMPLATES),
-            autoescape=name.endswith("html"),
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        (output / name).write_text(environment.get_template(f"{name}.j2").render(context), encoding="utf-8")
+    page = _page(findings, curves, about, {name: svg for name, (svg, _) in images.items()}, failures or {})
+    (output / "report.md").write_text(page.markdown, encoding="utf-8")
+    (output / "report.html").write_text(page.html, encoding="utf-8")
     return findings
 
 
-def _arms(curves: Curves) -> Iterable[dict[str, Any]]:
-    for method in METHODS:
-        for arm in ARMS[method]:
-            values = [[curves.late(seed, method, metric, arm) for seed in curves.seeds] for metric in _COLUMNS]
-            yield {"method": method.upper(), "arm": arm, "cells": [written(row) for row in values]}
+def result(findings: Sequence[Finding], seeds: int) -> str:
+    """The outcome of the confirmatory claims in one sentence."""
+    verdicts = [one.verdict for one in findings if one.claim.confirmatory]
+    if "smoke run" in verdicts:
+        return SMOKE
+    count = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    supported, contradicted = count.pop("supported", 0), count.pop("contradicted", 0)
+    rest = "".join(f"; {number} {'is' if number == 1 else 'are'} {verdict}" for verdict, number in count.items())
+    return (
+        f"**Of {len(verdicts)} claims fixed before the runs, {seeds} seeds support {supported} and contradict "
+        f"{contradicted}{rest}.**"
+    )
+
+
+def in_words(findings: Sequence[Finding], plots: str) -> str:
+    """The verdicts as a Markdown list, supported ones first; ``plots`` leads to the folder of the plots."""
+    order = ("supported", "contradicted", "not shown")
+    shown = [one for one in findings if one.claim.confirmatory]
+    shown.sort(key=lambda one: order.index(one.verdict) if one.verdict in order else len(order))
+    lines = []
+    for one in shown:
+        claim = one.claim
+        note = f" {claim.note}" if claim.note else ""
+        lines.append(
+            f"- **{one.verdict}**: {claim.text} Measured: {claim.number}; {one.text}, effect size "
+            f"{one.estimate.effect}, p {one.chance}. Said by {claim.source}.{note} "
+            f"([plot]({plots}/{claim.figure}.png))"
+        )
+    return "\n".join(lines)
+
+
+def _write_claims(findings: Sequence[Finding], seeds: Sequence[int], path: Path) -> None:
+    numbers = ["mean", "low", "high", "d", "d_low", "d_high"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        words = ["claim", "source", "number", "figure", "kind", "verdict"]
+        table.writerow([*words, *numbers, "p", "p_holm", *(f"seed {seed}" for seed in seeds)])
+        for one in findings:
+            claim = one.claim
+            kind = "confirmatory" if claim.confirmatory else "exploratory"
+            row = [claim.text, claim.source, claim.number, claim.figure, kind, one.verdict]
+            row += [f"{getattr(one.estimate, name):.6g}" for name in numbers]
+            table.writerow([*row, f"{one.p:.4g}", f"{one.p_holm:.4g}", *(f"{value:.6g}" for value in one.values)])
+
+
+def _page(
+    findings: Sequence[Finding], curves: Curves, about: About, images: Mapping[str, str], failures: Mapping[int, str]
+) -> Page:
+    page, seeds = Page(about.title), len(curves.seeds)
+    page.say(result(findings, seeds))
+    page.say(
+        '"What Is Preference Optimization Doing, How and Why?" (arXiv 2512.00778) takes preference optimization apart '
+        "into positive learning, negative learning and loss reweighting, and watches each by G: whether a step on it "
+        "makes the final model's answers likelier. D are the examples that the loss is taken on, D' those answers."
+    )
+    failed = [f"**Seed {seed} failed** and is left out: {message}" for seed, message in failures.items()]
+    page.items([*about.lines, *about.notes, *failed])
+    page.say(f"`{about.command}` repeats it; it took {about.seconds / 60:.0f} minutes of processor time.")
+    page.heading("The claims")
+    for words in _method(findings, seeds, about.smoke):
+        page.say(words)
+    page.picture("The claims", images["claims"], "plots/claims.png")
+    tested = [one for one in findings if one.claim.confirmatory]
+    page.table(
+        ["claim", "said by", "measured as (above 0: it holds)", "mean [95 %]", "effect [95 %]", "p, Holm", "verdict"],
+        [
+            [
+                _linked(one, images),
+                one.claim.source,
+                one.claim.number,
+                one.text,
+                one.estimate.effect,
+                one.chance,
+                f"**{one.verdict}**" + (f". {one.claim.note}" if one.claim.note else ""),
+            ]
+            for one in tested
+        ],
+    )
+    looked = [one for one in findings if not one.claim.confirmatory]
+    if looked:
+        page.heading("Looked at besides")
+        page.say(
+            "Exploratory: no verdicts, and intervals that are not corrected for being many. Above 0: what the first "
+            "column says is so."
+        )
+        page.table(
+            ["what", "said by", "measured as", "mean [95 %]", "effect [95 %]"],
+            [
+                [_linked(one, images), one.claim.source, one.claim.number, one.text, one.estimate.effect]
+                for one in looked
+            ],
+        )
+    page.heading("The runs")
+    page.say(
+        "Means over the last third of the checkpoints, ± standard errors over seeds. No negative, no positive and "
+        "no reweighting take one component out of the gradient; controlled is `splits.controlled_dpo()` and "
+        "`splits.controlled_ppo()`, whose constants are ours."
+    )
+    page.table(["method", "arm", *_COLUMNS.values()], list(_arms(curves)))
+    page.heading("Plots")
+    page.say("Lines are medians over seeds, bands hold the middle half of them.")
+    for name in (name for name in FIGURES if name in images):
+        page.heading(FIGURES[name].title, 3)
+        page.say(FIGURES[name].caption)
+        page.picture(FIGURES[name].title, images[name], f"plots/{name}.png")
+    page.heading("Settings")
+    page.items([f"`{name}`: {value}" for name, value in about.settings.items()])
+    return page
+
+
+def _method(findings: Sequence[Finding], seeds: int, smoke: bool) -> list[str]:
+    count = sum(one.claim.confirmatory for one in findings)
+    if smoke or not count:
+        return [SMOKE] if smoke else []
+    words = (
+        f"{count} claims were fixed before the runs. Each has one number a seed; it is **supported** or "
+        f"**contradicted**, by the sign of the mean over seeds, where Student's t test says that the mean is not 0, at "
+        f"{LEVEL:.0%} for all claims together (Holm's correction), else **not shown**; **not measured** where a seed "
+        "has no such number. Effect sizes are means over the standard deviation of single seeds (Hedges' g)."
+    )
+    found = power(seeds, count)
+    strength = (
+        f"Power: with {seeds} seeds an effect of one standard deviation passes Holm's first, strictest step in "
+        f"{found:.0%} of studies, one of half a standard deviation in {power(seeds, count, 0.5):.0%}; "
+        f"{seeds_for(0.8, count)} seeds find the former in four of five. Not shown does not mean absent: see the "
+        "intervals."
+        if seeds > 1
+        else "One seed decides nothing."
+    )
+    return [words, strength]
+
+
+def _linked(one: Finding, images: Mapping[str, str]) -> str:
+    name = one.claim.figure
+    return f"{one.claim.text} [Plot](#{anchor(FIGURES[name].title)})" if name in images else one.claim.text
+
+
+def _arms(curves: Curves) -> Iterable[list[str]]:
+    for method, arm in curves.runs():
+        cells = []
+        for metric in _COLUMNS:
+            known = metric in curves.metrics(method, arm)
+            cells.append(written(late(curves, method, metric, arm).tolist()) if known else "-")
+        yield [NAMES.get(method, method), arm, *cells]
 
 
 def _write(path: Path, kind: type, rows: Iterable[dict[str, Any]]) -> None:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from fused_po import losses
-from fused_po.diagnostics import Examples, alignment_over_checkpoints, learning_dynamics
-from fused_po.ops import stats_loss
+from fused_po.diagnostics import Examples
+from fused_po.study.estimates import ratio
+from fused_po.study.evaluation import Evaluation
 from fused_po.study.learners import (
     MAX_TOKENS,
     Learner,
     PairLearner,
     RolloutLearner,
-    alignments,
-    pair_examples,
     supervise,
 )
+from fused_po.study.moment import SIDES, Moment, nll_gradient, successive
 from fused_po.study.policy import Language, Sample, new_model, sample, tiny_tokenizer
 from fused_po.study.settings import ARMS, METHODS, Settings
 from fused_po.study.task import Prompt, all_prompts, demonstration, reward
-from fused_po.trainers.model import token_stats_of
 
 __all__ = ["Bin", "Point", "Results", "check", "run_seed", "total_updates"]
 
@@ -36,9 +33,9 @@ HELD_OUT = 0.15
 # answers drawn for a prompt in search of a right and a wrong one
 TRIES = 4
 SEARCHES = 40
-
-# step, D by parts, draws of D
-Kept = tuple[int, Examples, list[Examples]]
+BINS = 40
+# of PPO's histogram: advantages are whitened
+LARGEST_ADVANTAGE = 4.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,11 @@ class Results:
     points: list[Point] = field(default_factory=list)
     bins: list[Bin] = field(default_factory=list)
 
+    def __iadd__(self, other: Results) -> Results:
+        self.points += other.points
+        self.bins += other.bins
+        return self
+
 
 def total_updates(settings: Settings) -> int:
     """How many updates a seed takes."""
@@ -83,7 +85,7 @@ def check(settings: Settings) -> None:
     """Try what a study takes from the machine it runs on.
 
     Raises:
-        ValueError: a device that is not there, a model or a tokenizer that can't be loaded.
+        ValueError: a device that is not there.
     """
     try:
         torch.empty(0, device=settings.device)
@@ -91,29 +93,13 @@ def check(settings: Settings) -> None:
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"device {settings.device!r} can't be used: {first}") from None
-    if settings.model != "tiny":
-        _load(settings, 0)
-
-
-def _load(settings: Settings, seed: int) -> tuple[Language, Any]:
-    if settings.model == "tiny":
-        tokenizer = tiny_tokenizer()
-        model = new_model(tokenizer, settings.hidden_size, settings.layers, seed)
-    else:
-        from fused_po.trainers.loading import load_model, load_tokenizer
-
-        tokenizer = load_tokenizer(settings.model, [])
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {settings.model!r} has no end-of-sequence token")
-        model = load_model(settings.model, tokenizer, seed)
-    return Language(tokenizer), model.to(settings.device)
 
 
 def run_seed(seed: int, settings: Settings, advance: Callable[[int], Any] = lambda steps: None) -> Results:
     """Run one seed.
 
     Args:
-        seed: of the tiny model, the demonstrations, the pairs and all sampling.
+        seed: of the model, the demonstrations, the pairs and all sampling.
         settings: see ``Settings``.
         advance: called with the number of updates done since the last call; ``total_updates`` in all.
 
@@ -129,127 +115,121 @@ class _Seed:
         self.seed, self.settings, self.advance = seed, settings, advance
         self.results = Results()
         self.train, self.held_out = all_prompts(settings.largest, HELD_OUT, seed)
-        self.language, self.start = _load(settings, seed)
+        tokenizer = tiny_tokenizer()
+        self.language = Language(tokenizer)
+        self.start = new_model(tokenizer, settings.hidden_size, settings.layers, seed).to(settings.device)
 
     def go(self) -> Results:
+        settings = self.settings
         torch.manual_seed(self.seed)
-        for _ in supervise(self.start, self.language, self._demonstrations(), self.settings):
+        for _ in supervise(self.start, self.language, self._demonstrations(), settings):
             self.advance(1)
-        pairs, probes = (
-            self._pairs(self.train, self.settings.pairs),
-            self._pairs(self.held_out, self.settings.samples // 2),
+        pairs, probes = self._pairs(self.train, settings.pairs), self._pairs(self.held_out, settings.samples // 2)
+        self.evaluate = Evaluation(
+            self.start,
+            self.language,
+            settings,
+            {"train": self.train, "held_out": self.held_out},
+            {"train": pairs[: settings.samples // 2], "held_out": probes},
+            self.seed,
         )
-        self.probes = pair_examples(self.start, self.language, probes, self.start.device)
+        self.first = self.evaluate(self.start)
         for method in METHODS:
-            for arm, split in ARMS[method].items():
+            for name, arm in ARMS[method].items():
                 torch.manual_seed(self.seed)
-                common = (split, self.settings, self.seed)
+                common = (arm, settings, self.seed)
                 learner: Learner
                 if method == "dpo":
                     learner = PairLearner(self.start, self.language, pairs, *common)
                 else:
                     learner = RolloutLearner(self.start, self.language, self.train, *common)
-                self._arm(method, arm, learner)
+                self._arm(method, name, learner)
         return self.results
 
     def _arm(self, method: str, arm: str, learner: Learner) -> None:
         settings = self.settings
-        last = settings.checkpoints - 1
-        due = {round(settings.steps * index / last) for index in range(settings.checkpoints)}
-        with tempfile.TemporaryDirectory(prefix="fused-po-study-") as folder:
-            kept: dict[Path, Kept] = {}
-            for step in range(settings.steps + 1):
-                if step in due:
-                    self._record(method, arm, step, self._evaluate(learner.model))
-                    if arm == "full":
-                        kept[self._keep(Path(folder), step, learner)] = step, *learner.examples()
-                if step < settings.steps:
-                    learner.step()
-                    self.advance(1)
-            if arm == "full":
-                self._align(method, learner, kept)
+        kept: dict[int, tuple[dict[str, Tensor], list[Examples]]] = {}
+        for step in range(settings.steps + 1):
+            if step in settings.measured:
+                self._record(method, arm, step, self.evaluate(learner.model) if step else self.first)
+                if arm == "full":
+                    kept[step] = copy.deepcopy(learner.model.state_dict()), learner.examples()
+            if step < settings.steps:
+                learner.step()
+                self.advance(1)
+        if arm == "full":
+            self._look_back(method, learner, kept)
 
-    def _keep(self, folder: Path, step: int, learner: Learner) -> Path:
-        path = folder / f"step-{step:06d}"
-        learner.model.save_pretrained(path)  # type: ignore[operator]
-        self.language.tokenizer.save_pretrained(path)
-        return path
+    def _look_back(
+        self, method: str, learner: Learner, kept: dict[int, tuple[dict[str, Tensor], list[Examples]]]
+    ) -> None:
+        """The gradients at each checkpoint, and G towards answers of the final model and of every other."""
+        model = copy.deepcopy(learner.model).eval()
+        final = [self._draw(model, index) for index in range(self.settings.final_draws)]
+        greedy = self._examples(sample(model, self.language, self.train, MAX_TOKENS, greedy=True))
+        moving = {}
+        for step, (state, _) in kept.items():
+            model.load_state_dict(state)
+            moving[step] = self._draw(model, self.settings.final_draws)
+        before = None
+        for step, (state, draws) in kept.items():
+            model.load_state_dict(state)
+            moment = Moment.of(model, draws, learner.loss)
+            if before is not None:
+                self._record(method, "full", step, successive(before, moment.wholes))
+            before = moment.wholes
+            numbers = moment.shape() | self._alignment(moment, final, greedy)
+            each = torch.stack([nll_gradient(model, answers) for answers in moving.values()])
+            cosines = moment.towards(each)[1].tolist()
+            numbers |= {f"time/{other}": value for other, value in zip(moving, cosines, strict=True)}
+            self._record(method, "full", step, numbers)
+            self._histogram(method, step, moment)
 
-    def _align(self, method: str, learner: Learner, kept: dict[Path, Kept]) -> None:
-        """G over the checkpoints, with D' from the final model, and what the loss does at each of them."""
-        prompts = random.Random(self.seed).choices(self.train, k=self.settings.samples)
-        final = sample(learner.model, self.language, prompts, MAX_TOKENS)
-        batch = self.language.pad(final, learner.device)
-        target = Examples({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels)
-
-        def batches(model: nn.Module, folder: Path) -> Sequence[Examples]:
-            step, examples, draws = kept[folder]
-            dynamics = learning_dynamics(model, [examples], learner.loss)
-            self._record(method, "full", step, dynamics.flat())
-            wholes = alignments(model, draws, learner.loss, target)
-            numbers = {f"G/draw {index}": value for index, value in enumerate(wholes)}
-            self._record(method, "full", step, numbers | {"G": statistics.fmean(wholes)})
-            for side, histogram in dynamics.coefficients.items():
-                edges = histogram.edges.tolist()
-                self.results.bins += [
-                    Bin(self.seed, method, step, side, left, right, count)
-                    for left, right, count in zip(edges, edges[1:], histogram.counts.tolist(), strict=False)
-                ]
-            return [examples]
-
-        found = alignment_over_checkpoints(
-            list(kept),
-            batches,
-            learner.loss,
-            [target],
-            tokenizer=self.language.tokenizer,
-            device=learner.device,
-            method=self.settings.estimator,
-        )
-        for folder, alignment in found.items():
-            self._record(method, "full", kept[folder][0], {f"G/{part}": alignment[part] for part in alignment.values})
-
-    def _evaluate(self, model: Any) -> dict[str, float]:
-        # the same draws for every arm and step, and training goes on as if there had been none
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(self.seed)
-            return self._measure(model)
-
-    def _measure(self, model: Any) -> dict[str, float]:
-        model.eval()
-        found = {}
-        for name, prompts in (("train", self.train), ("held_out", self.held_out)):
-            drawn = random.Random(self.seed).choices(prompts, k=self.settings.samples)
-            samples = sample(model, self.language, drawn, MAX_TOKENS)
-            right = [one for one in samples if reward(one.prompt, one.text)]
-            found[f"reward/{name}"] = len(right) / len(samples)
-            found[f"distinct/{name}"] = len({(one.prompt, one.text) for one in samples}) / len(samples)
-            batch = self.language.pad(samples, model.device)
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            stats = token_stats_of(model, inputs, batch.labels, ("logp", "entropy"))
-            before = token_stats_of(self.start, inputs, batch.labels).logp
-            keep = batch.labels != -100
-            assert stats.entropy is not None and stats.logp is not None and before is not None
-            found[f"entropy/{name}"] = stats.entropy[keep].mean().item()
-            found[f"kl/{name}"] = (stats.logp - before).double().sum(1).mean().item()
-        found["reward/gap"] = found["reward/train"] - found["reward/held_out"]
-        return found | self._probe(model)
-
-    def _probe(self, model: Any) -> dict[str, float]:
-        """Held-out pairs, right and wrong answers of the start: log-probs, squeezing, and DPO's own loss."""
-        loss = losses.create("sigmoid", beta=self.settings.beta)
-        labels = self.probes.labels
-        outputs = (*loss.statistics, "max_logp")
-        stats = token_stats_of(model, self.probes.inputs, labels, outputs)
-        assert stats.logp is not None and stats.max_logp is not None
-        found = {"dpo_loss/held_out": stats_loss(stats, labels, loss, **self.probes.side_inputs).loss.item()}
-        half = labels.shape[0] // 2
-        for side, rows in (("chosen", slice(0, half)), ("rejected", slice(half, None))):
-            keep = labels[rows] != -100
-            drift = stats.logp[rows].double().sum(1) - self.probes.side_inputs["ref_logp"][rows]
-            found[f"drift/{side}"] = drift.mean().item()
-            found[f"max_prob/{side}"] = stats.max_logp[rows][keep].exp().mean().item()
+    def _alignment(self, moment: Moment, final: Sequence[Examples], greedy: Examples) -> dict[str, float]:
+        """G towards D' as sampled, the mean of its draws, and as greedy; and the mean of these two."""
+        draws = torch.stack([nll_gradient(moment.model, answers) for answers in final])  # (K, P)
+        kinds = torch.stack([draws.mean(0), nll_gradient(moment.model, greedy)])
+        g, cosines = moment.towards(kinds)
+        sampled, one = g.mean(0).tolist()
+        found = {"G/sampled": sampled, "G/greedy": one, "G": (sampled + one) / 2}
+        found |= {f"G/draw {index}": value for index, value in enumerate(g.mean(1).tolist())}
+        found |= {f"G/final {index}": value for index, value in enumerate(moment.towards(draws)[0].mean(0).tolist())}
+        found |= {"cosine/sampled": cosines[0].item(), "cosine/greedy": cosines[1].item()}
+        found["cosine"] = cosines.mean().item()
+        parts = [moment.by_group(kind) for kind in kinds]
+        found |= {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+        size = moment.wholes.mean(0).norm().item()
+        scales = [size * kind.norm().item() for kind in kinds]
+        for side in SIDES:
+            own = [ratio(part[f"G/{side}"], scale) for part, scale in zip(parts, scales, strict=True)]
+            found[f"cosine/{side}"] = statistics.fmean(own)
         return found
+
+    def _draw(self, model: Any, index: int) -> Examples:
+        """An answer to each training prompt, drawn from a model; the same random numbers for the same index."""
+        with torch.random.fork_rng():
+            torch.manual_seed((self.seed << 8) + index)
+            return self._examples(sample(model, self.language, self.train, MAX_TOKENS))
+
+    def _examples(self, answers: Sequence[Sample]) -> Examples:
+        batch = self.language.pad(answers, self.start.device)
+        return Examples({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels)
+
+    def _histogram(self, method: str, step: int, moment: Moment) -> None:
+        """k of all draws, in units of one pair or one token: beta w for DPO, r A for PPO."""
+        widest = self.settings.beta if method == "dpo" else LARGEST_ADVANTAGE
+        for side, sign in SIDES.items():
+            counts = torch.zeros(BINS, dtype=torch.float64)
+            for examples, own in zip(moment.draws, moment.tokens, strict=True):
+                units = examples.labels.shape[0] / 2 if method == "dpo" else own.c.numel()
+                k = -own.c[own.role * sign > 0].cpu() * units
+                edges_of = torch.histogram(k.clamp(-widest, widest), BINS, range=(-widest, widest))
+                counts += edges_of.hist
+            edges = edges_of.bin_edges.tolist()
+            self.results.bins += [
+                Bin(self.seed, method, step, side, left, right, count)
+                for left, right, count in zip(edges, edges[1:], counts.tolist(), strict=False)
+            ]
 
     def _demonstrations(self) -> Iterator[list[Sample]]:
         draw = random.Random(self.seed)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ALPHABET", "Prompt", "all_prompts", "demonstration", "reward"]
+__all__ = ["ALPHABET", "Prompt", "all_prompts", "demonstration", "paraphrase", "reward"]
 
 ALPHABET = "0123456789+,="
 _SUM = re.compile(r"[1-9]\d*(\+[1-9]\d*)+")
@@ -40,6 +40,11 @@ def reward(prompt: Prompt, answer: str) -> float:
     if not _SUM.fullmatch(answer) or str(prompt.digit) not in answer:
         return 0.0
     return float(sum(map(int, answer.split("+"))) == prompt.total)
+
+
+def paraphrase(answer: str) -> str:
+    """The same answer said otherwise: its terms the other way around."""
+    return "+".join(reversed(answer.split("+")))
 
 
 def demonstration(prompt: Prompt, noise: float, draw: random.Random) -> str:

@@ -13,7 +13,8 @@ from fused_po.ops.checks import IGNORE
 
 __all__ = ["Averages", "weighed_metrics"]
 
-_PER_TOKEN = ("entropy", "kl", "mean_token_accuracy")
+# means over tokens; all others are over answers
+_PER_TOKEN = ("logits/", "clip_ratio/", "cispo_clip_ratio", "entropy", "kl", "mean_token_accuracy")
 # normalised by all of a step, so that micro-batches report shares
 _SHARES = ("loss", "nll_loss", "policy_loss")
 
@@ -29,18 +30,19 @@ def weighed_metrics(batch: Mapping[str, Tensor], out: LossOutput, paired: bool) 
         chosen, rejected = (out.stats.logp.double() - batch["ref_logp"]).sum(1).chunk(2)
         found["rewards/accuracies"] = (chosen > rejected).double().mean()
         found["rewards/margins"] = (chosen - rejected).mean()
-    tokens = (batch["targets"] != IGNORE).sum(1).double()  # (B,)
-    chosen_ones = batch["signs"] > 0
+    tokens = (batch["labels"] != IGNORE).sum(1).double()  # (B,)
+    answers, chosen_ones = torch.ones_like(tokens), batch["signs"] > 0
     sides = {"chosen": chosen_ones, "rejected": ~chosen_ones, "accuracy": chosen_ones}
-    weighed = {}
-    for name, value in found.items():
-        per_token = name.startswith(("logits/", "clip_ratio/")) or name in _PER_TOKEN
-        size = tokens if per_token else torch.ones_like(tokens)
-        members = sides.get(name.replace("_", "/").split("/")[-1])
-        weighed[name] = (value, size.sum() if members is None else size[members].sum())
+
+    def weight(name: str) -> Tensor:
         if name in _SHARES:
-            weighed[name] = (value, torch.ones(()))
-    return weighed
+            return answers.new_ones(())
+        # KTO's is one number for the mismatched answers of a batch
+        per_token = name.startswith(_PER_TOKEN) and not (name == "kl" and "other_labels" in batch)
+        members = sides.get(name.replace("_", "/").split("/")[-1], slice(None))
+        return (tokens if per_token else answers)[members].sum()
+
+    return {name: (value, weight(name)) for name, value in found.items()}
 
 
 class Averages:

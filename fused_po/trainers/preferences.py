@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
-import transformers
 from accelerate.data_loader import SeedableRandomSampler
-from datasets.fingerprint import Hasher
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-import fused_po
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.ops import LossOutput, linear_loss, linear_token_stats
 from fused_po.ops.checks import IGNORE
 from fused_po.splits import Split, check_split
 from fused_po.trainers.averages import Averages, weighed_metrics
-from fused_po.trainers.batches import collate, mismatched
+from fused_po.trainers.batches import collate
 from fused_po.trainers.model import take_apart
+from fused_po.trainers.references import COLUMNS, with_reference
+from fused_po.trainers.whole import writing
 
-__all__ = ["PreferenceTrainer", "check_trainable", "learns_single"]
+__all__ = ["PreferenceTrainer", "check_trainable", "learns_single", "trained"]
 
 # what answers with signs and a reference make
 _KNOWN = frozenset({"ref_logp", "old_logp", "advantage", "desirable", "kl"})
@@ -63,7 +61,7 @@ class PreferenceTrainer(Trainer):
         model: a causal language model, wrapped by PEFT or not.
         args: of the engine.
         train_dataset, eval_dataset: ``load_preferences(...).rows``; of the training rows only those that ``max_steps``
-            will reach get reference log-probs.
+            will reach get reference log-probs. Other columns are not read.
         loss: from ``fused_po.losses.create``. Losses on single answers take the answers of a pair as desirable and
             undesirable, policy losses as advantages of +1 and -1 with the reference as the old policy. KTO's reference
             point is the mean log-ratio of each prompt with the answers of the next row that asks something else.
@@ -94,54 +92,39 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         check_trainable(loss)
         check_split(None if split is None else split.at(0.0), loss)
-        if not _trained(model):
+        if not trained(model):
             raise ValueError("no parameter of the model is trained: all are frozen")
-        self.loss, self.split, self._aside = loss, split, False
-        self._train, self._eval = Averages(), Averages()
+        self.loss, self.split, self._reference = loss, split, reference
+        self._train, self._eval, self._steps = Averages(), Averages(), 0
         self._eval_totals: Tensor | None = None
-        self._steps = 0
+        self._prepared_ones: list[Any] = []
+        self._aside, self._ordered = False, False
         self._pad: int = getattr(options.get("processing_class"), "pad_token_id", None) or 0
         options = {"data_collator": lambda rows: collate(rows, self._pad), **options}
         # accelerate rebuilds the sampler by data_seed alone, or else by torch's global seed
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = True
+        self._signature_columns: Any = [*COLUMNS, "ref", "other_ids", "other_starts", "other_ref"]
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process: start with accelerate launch, or set CUDA_VISIBLE_DEVICES")
-        count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        self._ordered = train_dataset is not None and 0 < count < len(train_dataset) and self._at_random
-        if self._ordered:
-            train_dataset = train_dataset.select(list(self._sampler(train_dataset))[:count])
-        self._reference = reference
-        self.train_dataset = None if train_dataset is None else self._prepared(train_dataset)
+        if train_dataset is not None:
+            count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+            sampler = super()._get_train_sampler(train_dataset)
+            self._ordered = 0 < count < len(train_dataset) and isinstance(sampler, RandomSampler)
+            # the order that the engine draws by the seed, whatever the number of steps
+            drawn = SeedableRandomSampler(train_dataset, data_seed=args.data_seed, generator=torch.Generator())
+            self.train_dataset = self._prepared(train_dataset, list(drawn)[:count] if self._ordered else None)
         self.eval_dataset = None if eval_dataset is None else self._prepared(eval_dataset)
 
-    # rows and their order
+    # rows
 
-    @property
-    def _at_random(self) -> bool:
-        by_length = getattr(self.args, "group_by_length", False)
-        return getattr(self.args, "train_sampling_strategy", "random") == "random" and not by_length
-
-    def _sampler(self, rows: Any) -> SeedableRandomSampler:
-        """Every epoch in an order of its own, which the seed decides and the number of steps does not."""
-        return SeedableRandomSampler(rows, data_seed=self.args.data_seed, generator=torch.Generator())
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._ordered:
-            return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
-        return self._sampler(self.train_dataset) if self._at_random else super()._get_train_sampler()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = [
-            *("ids", "starts", "signs", "tokens", "ref"),
-            *("other_ids", "other_starts", "other_ref"),
-        ]
-
-    def _prepared(self, rows: Any) -> Any:
-        """Rows with what the loss reads of the reference."""
+    def _prepared(self, rows: Any, places: Sequence[int] | None = None) -> Any:
+        """The rows at some places, None: all, with what the loss reads of the reference."""
         if isinstance(rows, Mapping):
             return {name: self._prepared(one) for name, one in rows.items()}
+        if any(rows is one for one in self._prepared_ones):
+            return rows
         if not len(rows):
             raise ValueError("no rows to train on, or to evaluate")
         paired = len(rows[0]["ids"]) == 2
@@ -150,57 +133,36 @@ class PreferenceTrainer(Trainer):
         self._paired = paired
         if not paired and not learns_single(self.loss):
             raise ValueError(f"loss {self.loss.name!r} takes pairs: got single answers")
-        if not self.loss.needs & _OF_REFERENCE or "ref" in rows.column_names:
-            return rows
-        if self.state.global_step:
+        # what others call ref is not of this reference
+        rows, places = rows.select_columns(list(COLUMNS)), range(len(rows)) if places is None else places
+        if not self.loss.needs & _OF_REFERENCE:
+            found = rows.select(places)
+        elif self.state.global_step and self._reference is None:
             raise ValueError("the reference log-probs of further rows must be made before training")
-        model: Any = self._reference or self.model
-        world = self.args.world_size
-        key = [_content(model), rows._fingerprint, self.args.bf16, self.args.fp16, "kl" in self.loss.needs, world]
-        pieces: dict[int, Any] = {}
-        training, place = model.training, next(model.parameters()).device
-        model.to(self.args.device).eval()
-        # each rank makes its own piece, then reads those of the others from the cache
-        for rank in sorted(range(world), key=lambda rank: rank != self.args.process_index):
-            piece = rows.shard(num_shards=world, index=rank, contiguous=True)
-            first = rank * (len(rows) // world) + min(rank, len(rows) % world)
-            pieces[rank] = piece.map(
-                lambda columns, indices, first=first: self._referred(model, rows, columns, first + indices[0]),
-                batched=True,
-                batch_size=self.args.train_batch_size,
-                with_indices=True,
-                new_fingerprint=Hasher.hash([*key, rank]),
-                desc="reference",
-            )
-            if rank == self.args.process_index:
-                self.accelerator.wait_for_everyone()
-        model.to(place).train(training)
-        return datasets.concatenate_datasets([pieces[rank] for rank in range(world)])
+        else:
+            found = with_reference(self, cast(nn.Module, self._reference or self.model), rows, places, self._pad)
+        self._prepared_ones.append(found)
+        return found
 
-    def _referred(self, model: nn.Module, rows: Any, columns: Mapping[str, Any], first: int) -> dict[str, Any]:
-        """Columns with the reference's log-probs of each answer's tokens, and KTO's mismatched answers."""
-        part = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if "kl" in self.loss.needs:
-            part = [row | mismatched(row, rows, first + index) for index, row in enumerate(part)]
-        for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
-            batch = self._prepare_inputs(collate(part, self._pad, prefix))
-            logp = self._logp(model, batch, prefix).float().cpu()
-            answers = [
-                one[mask].tolist() for one, mask in zip(logp, batch[f"{prefix}targets"].cpu() != IGNORE, strict=True)
-            ]
-            for index, row in enumerate(part):
-                row[f"{prefix}ref"] = answers[index :: len(part)]
-        return {name: [row[name] for row in part] for name in part[0]}
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(cast(Any, self.train_dataset)) if self._ordered else super()._get_train_sampler()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if named else self._prepared(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._prepared(test_dataset))
 
     # the loss
 
-    def _logp(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
-        """Log-probs of the targets, (B, S - 1), 0 where ignored, without a gradient."""
+    def log_probs(self, model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+        """Log-probs of the labels, (B, S - 1), 0 where ignored, without a gradient."""
         inputs: dict[str, Any] = {name: batch[prefix + name] for name in _INPUTS}
-        targets = batch[f"{prefix}targets"]
+        labels = batch[f"{prefix}labels"]
         with torch.no_grad(), self.accelerator.autocast():
             hidden, head, _ = take_apart(model, **inputs)
-            return cast(Tensor, linear_token_stats(hidden[:, :-1], head.weight, targets, **head.options).logp)
+            return cast(Tensor, linear_token_stats(hidden[:, :-1], head.weight, labels, **head.options).logp)
 
     def loss_output(
         self,
@@ -219,21 +181,22 @@ class PreferenceTrainer(Trainer):
         """
         side = dict(self.side_inputs(model, batch) if side is None else side)
         if totals is not None:
-            side |= {"num_items": totals[0], "num_sequences": totals[1]}
-            side |= {"num_chosen_items": totals[2]} if self._paired else {}
+            names = ("num_items", "num_sequences", "num_chosen_items")[: 3 if self._paired else 2]
+            side |= zip(names, totals, strict=False)
         with self.accelerator.autocast():
             inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS}
             hidden, head, _ = take_apart(model, **inputs)
             options = {"split": split, **head.options, **side}
-            return linear_loss(hidden[:, :-1], head.weight, batch["targets"], self.loss, **options)
+            return linear_loss(hidden[:, :-1], head.weight, batch["labels"], self.loss, **options)
 
-    def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the loss reads beside the policy's own statistics."""
+    def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor], counts: bool = True) -> dict[str, Any]:
+        """What the loss reads beside the policy's own statistics; a batch may not count, where others of it do."""
         side: dict[str, Any] = {"advantage": batch["signs"].float(), "desirable": batch["signs"] > 0}
         side |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
         if "kl" in self.loss.needs:
-            ratio = (self._logp(model, batch, "other_").double() - batch["other_ref_logp"]).sum(1)  # (B,)
-            total, count = self.accelerator.reduce(torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]), "sum")
+            ratio = (self.log_probs(model, batch, "other_").double() - batch["other_ref_logp"]).sum(1)  # (B,)
+            sums = torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]) * counts
+            total, count = self.accelerator.reduce(sums, "sum")
             side["kl"] = (total / count).clamp_min(0)
         return {name: value for name, value in side.items() if name in self.loss.needs}
 
@@ -242,7 +205,7 @@ class PreferenceTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._steps += 1
         # engines that load on several workers may still hold batches on the CPU
-        found = (_counts((batch["targets"] != IGNORE).sum(1)).to(device) for batch in batches)
+        found = (_counts((batch["labels"] != IGNORE).sum(1)).to(device) for batch in batches)
         return batches, self.accelerator.reduce(sum(found, torch.zeros(3, device=device)), "sum")
 
     def compute_loss(
@@ -265,10 +228,10 @@ class PreferenceTrainer(Trainer):
             # the last batch of each rank is filled with rows that were there before
             real = min(max(state.remainder - self.args.process_index * size, 0), size)
         if 0 < real < size:
-            kept = torch.cat([torch.arange(real) + side * size for side in range(sides)]).to(inputs["signs"].device)
-            inputs = {name: value[kept] for name, value in inputs.items()}
+            inputs = {name: value.unflatten(0, (sides, size))[:, :real].flatten(0, 1) for name, value in inputs.items()}
         with torch.no_grad():
-            out = self.loss_output(model, inputs, self._eval_totals)
+            side = self.side_inputs(model, inputs, counts=real > 0)
+            out = self.loss_output(model, inputs, self._eval_totals, side=side)
         if real:
             self._eval.add(weighed_metrics(inputs, out, self._paired))
         return None, None, None
@@ -287,10 +250,6 @@ class PreferenceTrainer(Trainer):
         found = self._eval.take(self.accelerator)
         cast(Any, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        given = None if eval_dataset is None or isinstance(eval_dataset, str) else self._prepared(eval_dataset)
-        return super().evaluate(eval_dataset if given is None else given, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -315,32 +274,39 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         self._check_finite()
-        whole, state = Path(self._get_output_dir(trial)), self.state
-        name = f"checkpoint-{state.global_step}"
+        state, folder = self.state, Path(self._get_output_dir(trial))
+        aside, whole = (place / f"checkpoint-{state.global_step}" for place in (folder / ".incomplete", folder))
+        if self.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._aside = True
-        aside = Path(self._get_output_dir(trial))
         try:
-            if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial, *args, **kwargs)
+            with writing(aside.name):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if state.best_model_checkpoint is not None:
-                state.best_model_checkpoint = str(whole / Path(state.best_model_checkpoint).name)
-                state.save_to_json(str(aside / name / "trainer_state.json"))
-            shutil.rmtree(whole / name, ignore_errors=True)
-            os.replace(aside / name, whole / name)
-            shutil.rmtree(aside, ignore_errors=True)
-            self._rotate(whole)
+                state.best_model_checkpoint = str(folder / Path(state.best_model_checkpoint).name)
+                state.save_to_json(str(aside / "trainer_state.json"))
+            shutil.rmtree(whole, ignore_errors=True)
+            os.replace(aside, whole)
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            self._rotate(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(whole))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # what is sent in the background must not be renamed meanwhile
+        if not self._aside:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_finite(self) -> None:
         """Stop before weights that are no numbers replace a good checkpoint; on all ranks where one has them."""
         model: Any = self.model
-        local = [getattr(parameter, "to_local", lambda one=parameter: one)() for parameter in _trained(model)]
+        local = [getattr(parameter, "to_local", lambda one=parameter: one)() for parameter in trained(model)]
         wrong = sum((~one.detach().isfinite().all() for one in local), torch.zeros((), device=self.args.device))
         if self.accelerator.reduce(wrong, "sum") > 0:
             raise FloatingPointError(f"step {self.state.global_step}: weights are no numbers; a lower learning rate?")
@@ -359,20 +325,6 @@ def _counts(tokens: Tensor) -> Tensor:
     return torch.stack([tokens.sum(), tokens.new_tensor(len(tokens)), tokens[: len(tokens) // 2].sum()]).float()
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _content(model: nn.Module) -> str:
-    """A digest of what a model computes: its classes, config, adapters and weights, and by which versions."""
-    versions = [fused_po.__version__, torch.__version__, transformers.__version__]
-    digest = hashlib.sha256(f"{model}{getattr(model, 'config', '')}{versions}".encode())
-    for name, module in model.named_modules():
-        # an adapter's scale and whether it is on are neither in the config nor in the weights
-        adapter = [getattr(module, one, None) for one in ("scaling", "active_adapters", "merged_adapters")]
-        digest.update(f"{name}{adapter}{getattr(module, 'disable_adapters', None)}".encode())
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

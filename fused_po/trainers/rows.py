@@ -1,25 +1,15 @@
-"""Rows of preferences as their files hold them: checked, and brought to TRL's columns."""
+"""Rows of preferences as their files hold them: checked, and brought to a prompt with its answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "KEYS",
-    "PreferenceError",
-    "common",
-    "converted_row",
-    "documents_to_rows",
-    "layout_of",
-    "plain_messages",
-    "prompt_and_answers",
-    "row_of",
-    "shortened",
-]
+__all__ = ["Form", "PreferenceError", "Row", "common", "documents_to_rows", "shortened"]
 
-KEYS = ("prompt", "chosen", "rejected", "completion")
+_KEYS = ("prompt", "chosen", "rejected", "completion")
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -28,25 +18,135 @@ class PreferenceError(ValueError):
     """Preferences that can't be used; the message names the file and the row, from 1, blank lines counted."""
 
 
-def documents_to_rows(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Whole JSON files to one string a row: a list of rows, an object that holds one, or lines after all."""
-    found: list[str] = []
-    for document in batch["text"]:
+@dataclass(frozen=True)
+class Row:
+    """A prompt with its answers, each a string or a list of chat messages with strings as contents.
+
+    Attributes:
+        where: the file and the row, for messages.
+        prompt: empty where there is none.
+        answers: the chosen and the rejected one, or a single one.
+        signs: of each answer, 1 where it is chosen or desirable, else -1.
+        given: all columns of the file.
+    """
+
+    where: str
+    prompt: Any
+    answers: list[Any]
+    signs: list[int]
+    given: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a source are read: as its first one decides.
+
+    Attributes:
+        source: for messages.
+        template: the tokenizer has a chat template, to which Alpaca's rows go as messages.
+        layout: what columns are converted to TRL's: ShareGPT (``conversations``, messages of ``from`` and ``value``),
+            Alpaca (``instruction``, ``input``), UltraFeedback (a prompt as text beside whole conversations) or "".
+        chat: rows hold chat messages, else text.
+        paired: rows hold pairs, else single answers.
+    """
+
+    source: str
+    template: bool
+    layout: str = ""
+    chat: bool = False
+    paired: bool = True
+
+    @classmethod
+    def of(cls, records: Iterable[tuple[int, dict[str, Any]]], source: str, template: bool) -> Form:
+        """The form of numbered records.
+
+        Raises:
+            PreferenceError: there are none, or the first can't be read.
+        """
+        for number, record in records:
+            row = _parsed(record, f"{source}: row {number}")
+            if row is not None:
+                whole = isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
+                layout = "ShareGPT" if "conversations" in row else "UltraFeedback" if whole else ""
+                layout = "Alpaca" if "instruction" in row and not {"prompt", "conversations"} & row.keys() else layout
+                row = cls(source, template, layout)._converted(row, f"{source}: the first row")
+                chat = any(isinstance(row.get(key), list) for key in _KEYS)
+                paired = "completion" not in row or bool({"chosen", "rejected"} & row.keys())
+                return cls(source, template, layout, chat, paired)
+        raise PreferenceError(f"{source}: holds no pair")
+
+    def row(self, record: dict[str, Any], number: int) -> Row | None:
+        """A record by its columns, None for a blank line.
+
+        Raises:
+            PreferenceError: it is not what the first row promised, or not whole.
+        """
+        where = f"{self.source}: row {number}"
+        found = _parsed(record, where)
+        return None if found is None else self._checked(self._converted(found, where), where)
+
+    def _converted(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """A row with TRL's columns."""
         try:
-            value = json.loads(document)
-        except (ValueError, RecursionError):
-            found += document.split("\n")
-            continue
-        if isinstance(value, dict):
-            lists = [one for one in value.values() if isinstance(one, list)]
-            is_row = {*KEYS, "conversations", "instruction"} & set(value)
-            value = lists[0] if len(lists) == 1 and not is_row else [value]
-        found += map(json.dumps, value) if isinstance(value, list) else [document]
-    return {"text": found}
+            made: dict[str, Any] = {"label": row.get("label", row.get("kto_tag"))}
+            system = [_message("system", row["system"])] if self.layout and row.get("system") else []
+            if self.layout == "ShareGPT":
+                turns = system + [_turn(one) for one in row["conversations"]]
+                pair = {side: [_turn(row[side])] for side in ("chosen", "rejected")} if "chosen" in row else {}
+                made |= {"prompt": turns, **pair} if pair else {"prompt": turns[:-1], "completion": turns[-1:]}
+            elif self.layout == "Alpaca":
+                asked = "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
+                said: dict[str, Any] = {side: row[side] for side in ("chosen", "rejected") if side in row}
+                said = said or {"completion": row["output"]}
+                if self.template:
+                    said = {side: [_message("assistant", text)] for side, text in said.items()}
+                made |= {"prompt": [*system, _message("user", asked)] if self.template else asked + "\n", **said}
+            elif self.layout == "UltraFeedback":
+                alone = row["chosen"][0].get("role") == "assistant"
+                made |= {"prompt": [_message("user", row["prompt"])] if alone else None}
+            return row | made
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise PreferenceError(
+                f"{where}: not as the {self.layout} rows of this file ({type(error).__name__}: {error})"
+            ) from None
+
+    def _checked(self, row: dict[str, Any], where: str) -> Row:
+        """A row with TRL's columns; where there is no prompt, what both answers begin with becomes it."""
+        names = ["chosen", "rejected"] if {"chosen", "rejected"} & row.keys() else ["completion"]
+        paired = len(names) == 2
+        missing = [name for name in names if row.get(name) is None]
+        if missing or not (paired or row.get("prompt") is not None):
+            wanted = "prompt, chosen, rejected or prompt, completion, label"
+            raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}")
+        values = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
+        for name, value in values.items():
+            if not (_is_chat(value) if self.chat else isinstance(value, str)):
+                kind, got = "chat messages" if self.chat else "a string", shortened(repr(value), 60)
+                raise PreferenceError(f"{where}: {name} must be {kind}, as the first row has it: got {got}")
+        if paired != self.paired:
+            here, first = ("a pair", "a single answer")[:: 1 if paired else -1]
+            raise PreferenceError(f"{where}: {here}, where the first row has {first}")
+        if self.chat:
+            values = {name: [_plain(message, where) for message in value] for name, value in values.items()}
+        prompt, answers = values.get("prompt"), [values[name] for name in names]
+        if prompt == []:
+            raise PreferenceError(f"{where}: prompt is an empty list")
+        if prompt is None:
+            first, second = answers
+            # of two that are alike, and where one begins with the other, the last piece is the answer
+            shorter, place = min(len(first), len(second)), common(first, second)
+            place = place - (place > 0 and first[place - 1] == " ") if place < shorter else shorter - 1
+            if place <= 0:
+                raise PreferenceError(f"{where}: no prompt, and chosen and rejected begin with nothing in common")
+            prompt, answers = first[:place], [first[place:], second[place:]]
+        label = True if paired else _LABELS.get(str(row["label"]).strip().lower())
+        if label is None:
+            raise PreferenceError(f"{where}: label must be true or false: got {shortened(repr(row['label']), 60)}")
+        return Row(where, prompt, answers, [1, -1] if paired else [1 if label else -1], row)
 
 
-def row_of(record: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """A row by its columns, None for a blank line."""
+def _parsed(record: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """A record by its columns: those of JSON come as one string, ``text``; None for a blank line."""
     if set(record) != {"text"}:
         return record
     if not record["text"].strip():
@@ -62,113 +162,57 @@ def row_of(record: dict[str, Any], where: str) -> dict[str, Any] | None:
     return row
 
 
-def layout_of(row: Mapping[str, Any]) -> str:
-    if "conversations" in row:
-        return "ShareGPT"
-    if "instruction" in row and "prompt" not in row:
-        return "Alpaca"
-    whole = isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
-    return "UltraFeedback" if whole else ""
-
-
-def converted_row(row: dict[str, Any], layout: str, template: bool, where: str) -> dict[str, Any]:
-    """A row with TRL's columns.
-
-    ShareGPT (``conversations``, messages of ``from`` and ``value``), Alpaca (``instruction``, ``input``; as messages
-    where there is a chat template) and UltraFeedback (a prompt as text beside whole conversations).
-    """
-    try:
-        if layout == "ShareGPT":
-            turns = [_turn(one) for one in row["conversations"]]
-            turns[:0] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            if "chosen" in row:
-                return {**row, "prompt": turns, **{side: [_turn(row[side])] for side in ("chosen", "rejected")}}
-            return {
-                **row,
-                "prompt": turns[:-1],
-                "completion": turns[-1:],
-                "label": row.get("label", row.get("kto_tag")),
-            }
-        if layout == "Alpaca":
-            prompt = "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
-            given: dict[str, Any] = {side: row[side] for side in ("chosen", "rejected") if side in row}
-            given = given or {"completion": row["output"]}
-            said: Any = {side: [{"role": "assistant", "content": text}] for side, text in given.items()}
-            system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            asked: Any = [*system, {"role": "user", "content": prompt}]
-            found = {**row, "prompt": asked, **said} if template else {**row, "prompt": prompt + "\n", **given}
-            return found if "chosen" in found else {**found, "label": row.get("label", row.get("kto_tag"))}
-        if layout == "UltraFeedback":
-            prompt, first = row["prompt"], row["chosen"][0]
-            if first.get("role") == "assistant":
-                return {**row, "prompt": [{"role": "user", "content": prompt}]}
-            return {key: value for key, value in row.items() if key != "prompt"}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PreferenceError(
-            f"{where}: not as the {layout} rows of this file ({type(error).__name__}: {error})"
-        ) from None
-    return row
-
-
-def _turn(one: Mapping[str, str]) -> dict[str, str]:
-    return {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]} if "from" in one else dict(one)
-
-
-def prompt_and_answers(row: dict[str, Any], chat: bool, where: str) -> tuple[list[Any], list[int]]:
-    """The answers of a row and their sides; where there is no prompt, what the answers begin with alike becomes it."""
-    names: list[str] = [name for name in ("chosen", "rejected") if name in row] or ["completion"]
-    missing = [name for name in (*names, "rejected" if "chosen" in row else names[0]) if row.get(name) is None]
-    if missing or (names == ["completion"] and row.get("prompt") is None):
-        wanted = "prompt, chosen, rejected or prompt, completion, label"
-        raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}")
-    for name in ("prompt", *names):
-        value = row.get(name)
-        if value is None and name == "prompt":
+def documents_to_rows(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Whole JSON files to one string a row: a list of rows, an object that holds one, or lines after all."""
+    found: list[str] = []
+    for document in batch["text"]:
+        try:
+            value = json.loads(document)
+        except (ValueError, RecursionError):
+            found += document.split("\n")
             continue
-        right = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        if not (right if chat else isinstance(value, str)):
-            kind = "chat messages" if chat else "a string"
-            raise PreferenceError(
-                f"{where}: {name} must be {kind}, as the first row has it: got {shortened(repr(value), 60)}"
-            )
-    answers = [row[name] for name in names]
-    if row.get("prompt") is None:
-        first, second = answers
-        # of two that are alike, and where one begins with the other, the last piece is the answer
-        shorter, place = min(len(first), len(second)), common(first, second)
-        place = place - (place > 0 and first[place - 1] == " ") if place < shorter else shorter - 1
-        if place <= 0:
-            raise PreferenceError(f"{where}: no prompt, and chosen and rejected begin with nothing in common")
-        row["prompt"], answers = first[:place], [first[place:], second[place:]]
-    if row["prompt"] == []:
-        raise PreferenceError(f"{where}: prompt is an empty list")
-    if names != ["completion"]:
-        return answers, [1, -1]
-    label = _LABELS.get(str(row.get("label")).strip().lower())
-    if label is None:
-        raise PreferenceError(f"{where}: label must be true or false: got {shortened(repr(row.get('label')), 60)}")
-    return answers, [1 if label else -1]
+        if isinstance(value, dict):
+            lists = [one for one in value.values() if isinstance(one, list)]
+            is_row = {*_KEYS, "conversations", "instruction"} & set(value)
+            value = lists[0] if len(lists) == 1 and not is_row else [value]
+        found += map(json.dumps, value) if isinstance(value, list) else [document]
+    return {"text": found}
 
 
-def plain_messages(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Messages whose contents are strings, without the empty fields that a table adds."""
-    found = []
-    for message in messages:
-        one = {key: value for key, value in message.items() if value is not None or key == "content"}
-        if isinstance(content := one.get("content"), list):
-            parts = [part if isinstance(part, str) else part.get("text") for part in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise PreferenceError(f"{where}: a message holds something else than text")
-            one["content"] = "".join(parts)
-        found.append(one)
-    return found
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _turn(one: Mapping[str, str]) -> dict[str, Any]:
+    return _message(_ROLES.get(one["from"], one["from"]), one["value"]) if "from" in one else dict(one)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+
+
+def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message whose content is a string, without the empty fields that a table adds."""
+    one = {key: value for key, value in message.items() if value is not None or key == "content"}
+    content = one.get("content")
+    if isinstance(content, list):
+        parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = one["content"] = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
+    if not isinstance(content, str | None):
+        # a template would print it
+        raise PreferenceError(f"{where}: a message holds something else than text")
+    return one
 
 
 def common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many elements two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def shortened(error: object, width: int = 200) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= width else lines[0][:width] + "..."
+    """What is said, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= width else text[:width] + "..."

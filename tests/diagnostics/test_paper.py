@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from bench import paper_g
 from fused_po import losses
-from fused_po.bench import paper_g
 from fused_po.cli.g_models import checkpointed
 from fused_po.diagnostics import Examples, gradient_alignment, peak_memory, predict_alignment
 

@@ -17,6 +17,7 @@ from fused_po.kernels import cuda, jit
 from fused_po.kernels.build import BuildError, find_sources
 from fused_po.kernels.contract import Coefficients, Span, Transform
 from fused_po.kernels.select import select
+from tests.kernels.conftest import build
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -40,8 +41,9 @@ def resources(library: Path) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(cuda_build):
-    recipe, path = cuda_build
+@pytest.mark.parametrize("architectures", ["those of the tests", pytest.param("all", marks=pytest.mark.nightly)])
+def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(architectures, cuda_build, pytestconfig):
+    recipe, path = build(pytestconfig, None) if architectures == "all" else cuda_build
     found = resources(path)
     kernels = {architecture: set() for architecture, *_ in found}
     for architecture, kernel, *_ in found:

@@ -7,13 +7,10 @@ import torch
 
 from fused_po import make_plan
 from fused_po.bench.paper import CASES, sheet
-from fused_po.ops.calls import GIB
-from fused_po.ops.costs import PRICES, route_seconds
-from fused_po.ops.explain import explain
-from fused_po.ops.gradients import Wanted
+from fused_po.ops.costs import PRICES
+from fused_po.ops.explain import explain, usual_route
 from fused_po.ops.peaks import peak
 from fused_po.ops.routes import Route
-from fused_po.ops.sizes import Sizes
 
 # gradients through logp alone
 PRICED = [name for name, case in CASES.items() if not (case.entropy or "entropy" in case.loss)]
@@ -22,16 +19,15 @@ PRICED = [name for name, case in CASES.items() if not (case.entropy or "entropy"
 def route_of(name: str) -> Route:
     case = CASES[name]
     stored = torch.float32 if case.autocast else case.dtype
-    fused = case.method == "linear_loss"
-    sizes = Sizes(case.hidden, case.vocab, case.dtype, stored, Wanted(True, not case.frozen, False), GIB)
-    return Route.of(sizes, case.tokens, fused=fused, unscaled=fused)
+    shape = (case.tokens, case.hidden, case.vocab)
+    return usual_route(*shape, case.method == "linear_loss", case.dtype, stored, not case.frozen, "cuda", None)
 
 
 @pytest.mark.parametrize("name", PRICED)
 def test_the_price_and_the_memory_are_those_of_the_operations_of_the_call(name):
     case, found, route = CASES[name], sheet(CASES[name]), route_of(name)
     fused = case.method == "linear_loss"
-    priced = sum(route_seconds(route, case.tokens, fused=fused).values())
+    priced = sum(route.seconds(case.tokens, fused=fused).values())
     # pairs fill a chunk less than tokens do
     assert priced == pytest.approx(found.ledger.seconds(PRICES), rel=0.05 if case.loss == "dpo" else 0.03)
     most = peak(route, case.tokens, fused=fused, plain=True, widens=False)

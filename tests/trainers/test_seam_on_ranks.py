@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_po import linear_token_stats, take_apart
 from fused_po.trainers.seam import deferred
-from tests.test_distributed import RANKS, on_ranks
+from tests.forked import on_ranks
+from tests.test_distributed import RANKS
 
 V, S, STEPS = 39, 7, 2
 
@@ -105,7 +106,7 @@ def on_rank(rank: int) -> None:
 
 
 def test_gradients_are_those_of_the_bare_model(tmp_path):
-    on_ranks(on_rank, tmp_path)
+    on_ranks(on_rank, RANKS, tmp_path)
 
 
 def halves_on_rank(rank: int) -> None:
@@ -121,4 +122,4 @@ def halves_on_rank(rank: int) -> None:
 
 
 def test_a_head_that_fsdp_casts(tmp_path):
-    on_ranks(halves_on_rank, tmp_path)
+    on_ranks(halves_on_rank, RANKS, tmp_path)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fused_po.trainers import verl
-from tests.test_distributed import RANKS, on_ranks
+from tests.forked import on_ranks
+from tests.test_distributed import RANKS
 from tests.test_model_vision import qwen2_vl
 from tests.trainers.verl_modules import DENSE, KERNEL, MEGATRON, PATCH, TORCH, installed
 
@@ -143,7 +144,7 @@ def tensor_parallel_on_rank(rank):
 
 
 def test_a_head_sharded_over_ranks(tmp_path):
-    on_ranks(tensor_parallel_on_rank, tmp_path)
+    on_ranks(tensor_parallel_on_rank, RANKS, tmp_path)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.verl import forward_with_fused_po, policy_loss
-from tests.test_distributed import RANKS, on_ranks
+from tests.forked import on_ranks
+from tests.test_distributed import RANKS
 
 V, S = 39, 7
 
@@ -103,8 +104,8 @@ def on_rank_of_fsdp(rank):
 
 
 def test_the_first_version_of_fsdp(tmp_path):
-    on_ranks(on_rank_of_fsdp, tmp_path)
+    on_ranks(on_rank_of_fsdp, RANKS, tmp_path)
 
 
 def test_gradients_are_those_of_the_whole_batch(tmp_path):
-    on_ranks(on_rank, tmp_path)
+    on_ranks(on_rank, RANKS, tmp_path)

@@ -6,20 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from fused_po.bench.accuracy import Results, allowed, errors
 from fused_po.bench.cases import LEAD, PEAKED, SPREAD
+from fused_po.bench.methods import refusal
 from fused_po.kernels import library
 from fused_po.kernels.contract import Span, Transform, finish
-from fused_po.kernels.select import BACKENDS, unsupported
+from fused_po.kernels.select import BACKENDS
 
 # rows whose results are compared
 SAMPLE = 64
-
-Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,12 @@ class RowProblem:
         self.tile = torch.empty(shape, dtype=case.out, device=device) if case.what == "tile" else None
         self.rows = torch.randperm(case.rows, generator=torch.Generator().manual_seed(1))[:SAMPLE].to(device)
 
-    def reference(self, dtype: torch.dtype) -> Results:
-        """The sample by the textbook, from logits and into statistics of a dtype."""
-        z, labels = self.x[self.rows].to(dtype), self.labels[self.rows].unsqueeze(1)
-        log_p = z.log_softmax(-1)
-        found = {"logp": log_p.gather(1, labels).squeeze(1)}
-        if self.case.what == "logp+entropy":
-            found["entropy"] = -(log_p.exp() * log_p).sum(-1)
-        if self.case.what == "tile":
-            tile = log_p.exp().neg_()
-            tile.scatter_add_(1, labels, torch.ones_like(labels, dtype=dtype))
-            found["tile"] = tile if dtype == torch.float64 else tile.to(self.case.out)
-        return found
+    def bounds(self) -> tuple[Results, dict[str, float]]:
+        """The sample by the textbook in float64, and the largest error that is accepted of each of its results."""
+        x, labels, case = self.x[self.rows], self.labels[self.rows], self.case
+        truth = textbook(x, labels, case.what, torch.float64, torch.float64)
+        naive = textbook(x, labels, case.what, case.out)
+        return truth, allowed(errors(naive, truth), {name: naive[name].dtype for name in naive})
 
     def poison(self) -> None:
         """Before results are judged: the tile of the way before would do for one that writes nothing."""
@@ -117,25 +111,24 @@ def by_kernels(problem: RowProblem, backend: str, finished: bool = True) -> Resu
     return found if problem.tile is None else found | {"tile": problem.tile}
 
 
-def by_torch(problem: RowProblem) -> Results:
-    return textbook(problem.x, problem.labels, problem.case.what, problem.case.out)
+def by_torch(function: Callable[..., Results], problem: RowProblem) -> Results:
+    return function(problem.x, problem.labels, problem.case.what, problem.case.out)
 
 
-def textbook(x: Tensor, labels: Tensor, what: str, out: torch.dtype) -> Results:
-    """Plain torch, softmax in float32."""
-    log_p = torch.log_softmax(x, -1, dtype=torch.float32)
+def textbook(x: Tensor, labels: Tensor, what: str, out: torch.dtype, wide: torch.dtype = torch.float32) -> Results:
+    """Plain torch, softmax in ``wide``."""
+    log_p = torch.log_softmax(x, -1, dtype=wide)
     found = {"logp": log_p.gather(1, labels.unsqueeze(1)).squeeze(1)}
     if what == "logp+entropy":
         found["entropy"] = -(log_p.exp() * log_p).sum(-1)
     if what == "tile":
         classes = torch.arange(x.shape[1], device=x.device)
-        found["tile"] = ((classes == labels.unsqueeze(1)).float() - log_p.exp()).to(out)
+        found["tile"] = ((classes == labels.unsqueeze(1)).to(wide) - log_p.exp()).to(out)
     return found
 
 
 def by_trl(problem: RowProblem) -> Results:
-    from trl.trainer import utils
-
+    utils = import_module("trl.trainer.utils")
     if problem.case.what == "logp":
         return {"logp": utils.selective_log_softmax(problem.x, problem.labels)}
     logp, entropy = utils.selective_log_softmax_and_entropy(problem.x, problem.labels, entropy_requires_grad=False)
@@ -144,12 +137,11 @@ def by_trl(problem: RowProblem) -> Results:
 
 def liger(problem: RowProblem) -> Way:
     """Cross entropy, and its gradient over the logits: in a copy, since the others still need them."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-
+    apply = import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction.apply
     copy = problem.x.clone().requires_grad_(problem.case.what == "tile")
 
     def way(problem: RowProblem) -> Results:
-        loss = LigerCrossEntropyFunction.apply(copy, problem.labels, None, -100, 0.0, 0.0, "none")[0]
+        loss = apply(copy, problem.labels, None, -100, 0.0, 0.0, "none")[0]
         found = {"logp": loss.detach().neg()}
         # the sign of a loss
         return found if problem.case.what == "logp" else found | {"tile": copy.detach()}
@@ -158,12 +150,12 @@ def liger(problem: RowProblem) -> Way:
 
 
 def quack(problem: RowProblem) -> Way:
-    from quack.cross_entropy import cross_entropy_fwd
+    forward = import_module("quack.cross_entropy").cross_entropy_fwd
 
     def way(problem: RowProblem) -> Results:
         if problem.case.what == "logp":
-            return {"logp": cross_entropy_fwd(problem.x, problem.labels)}
-        loss, tile = cross_entropy_fwd(problem.x, problem.labels, return_dx=True)
+            return {"logp": forward(problem.x, problem.labels)}
+        loss, tile = forward(problem.x, problem.labels, return_dx=True)
         return {"logp": loss, "tile": tile}
 
     return way
@@ -178,20 +170,16 @@ def competitors(problem: RowProblem, device: str) -> tuple[dict[str, Way], dict[
     ways: dict[str, Way] = {}
     absent = {}
     for name in BACKENDS:
-        reason = unsupported(name, "row_stats", problem.x)
-        if name == "reference" and device == "cuda":
-            reason = "made for the caches of a CPU"
+        reason = refusal(name, "row_stats", problem.x)
         if reason is not None:
             absent[name] = reason
             continue
         ways[name] = partial(by_kernels, backend=name)
         if name != "reference":
             ways[f"{name} kernel"] = partial(by_kernels, backend=name, finished=False)
-    ways["torch"] = by_torch
+    ways["torch"] = partial(by_torch, textbook)
     if device == "cuda":
-        compiled: Any = torch.compile(textbook, dynamic=False)
-        case = problem.case
-        ways["torch.compile"] = lambda problem: compiled(problem.x, problem.labels, case.what, case.out)
+        ways["torch.compile"] = partial(by_torch, torch.compile(textbook, dynamic=False))
     else:
         absent["torch.compile"] = "timed on a GPU only: compiling takes longer than a short run"
     if problem.case.what == "tile":

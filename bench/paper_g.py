@@ -1,6 +1,6 @@
 """What G of a pretrained model takes on one GPU, on paper: counted on tensors without values.
 
-python -m fused_po.bench.paper_g    # writes bench/results/paper/g.json, which a test compares with
+python -m bench.paper_g    # writes bench/results/paper/g.json, which a test compares with
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fused_po.diagnostics import Examples, predict_alignment
 
 __all__ = ["BATCHES", "METHODS", "MODELS", "RECORDED", "TOKENS", "count", "read"]
 
-RECORDED = Path(__file__).parents[2] / "bench" / "results" / "paper" / "g.json"
+RECORDED = Path(__file__).parent / "results" / "paper" / "g.json"
 MODELS = {
     "Qwen3-1.7B": Qwen3Config(
         vocab_size=151936,
