@@ -76,8 +76,8 @@ def examples(model: torch.nn.Module, reference: torch.nn.Module, source: Path) -
     batch = collate(rows, TOKENIZER.pad_token_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        ref = token_stats_of(reference, inputs, batch["targets"]).logp
-    return [Examples(inputs, batch["targets"], {"ref_logp": ref.double().sum(1)})]
+        ref = token_stats_of(reference, inputs, batch["labels"]).logp
+    return [Examples(inputs, batch["labels"], {"ref_logp": ref.double().sum(1)})]
 
 
 @pytest.mark.parametrize("method", ["exact", "directional"])
