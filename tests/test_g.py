@@ -19,6 +19,7 @@ from fused_po.cli import main
 from fused_po.cli.g import read_points
 from fused_po.cli.g_report import sentence
 from fused_po.diagnostics import Examples, Rollout, gradient_alignment, rollout_examples, write_rollouts
+from fused_po.diagnostics.prediction import KERNEL_BLOCKS
 from fused_po.diagnostics.rollouts import read_rollouts
 from fused_po.trainers.batches import collate
 from fused_po.trainers.data import load_preferences
@@ -75,8 +76,8 @@ def examples(model: torch.nn.Module, reference: torch.nn.Module, source: Path) -
     batch = collate(rows, TOKENIZER.pad_token_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        ref = token_stats_of(reference, inputs, batch["targets"]).logp
-    return [Examples(inputs, batch["targets"], {"ref_logp": ref.double().sum(1)})]
+        ref = token_stats_of(reference, inputs, batch["labels"]).logp
+    return [Examples(inputs, batch["labels"], {"ref_logp": ref.double().sum(1)})]
 
 
 @pytest.mark.parametrize("method", ["exact", "directional"])
@@ -100,7 +101,8 @@ def test_the_numbers_are_those_of_gradient_alignment(folder, tmp_path, method, c
             assert thirds == pytest.approx(draw[side], abs=1e-9 * scale)
     for one in read_points(tmp_path / "out"):
         assert set(one["draws"][0]["g"]["whole"]) == {"layers.0", "layers.1", "embed_tokens", "lm_head", "norm"}
-        assert abs(one["predicted_bytes"] - one["peak_bytes"]) <= 0.1 * one["peak_bytes"]
+        # blocks of rows that the kernels of a CPU work on are more than all of this model
+        assert abs(one["predicted_bytes"] - KERNEL_BLOCKS["cpu"] - one["peak_bytes"]) <= 0.1 * one["peak_bytes"]
         assert -1 <= one["draws"][0]["cosine"]["whole"] <= 1
     with (tmp_path / "out" / "g.csv").open() as file:
         table = list(csv.DictReader(file))

@@ -16,6 +16,7 @@ from torch import nn
 from fused_po.diagnostics.examples import Examples
 from fused_po.diagnostics.rollouts import Rollout, at_step, is_rollouts, read_rollouts, rollout_examples
 from fused_po.losses import Loss
+from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.data import load_preferences
 from fused_po.trainers.model import token_stats_of
@@ -25,7 +26,6 @@ __all__ = ["Data", "answers_of_file", "check_loss", "drawn", "load", "on_device"
 
 # side inputs that a file of rollouts holds
 _OF_ROLLOUTS = frozenset({"advantage", "old_logp", "ref_logp"})
-_NEEDED = frozenset({"advantage", "ref_logp", "desirable", "importance_weight", "row_weight"})
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Data:
             made |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             side = {name: value for name, value in made.items() if name in self.loss.needs}
-            batches.append(on_device(Examples(inputs, batch["targets"], side), _device(model)))
+            batches.append(on_device(Examples(inputs, batch["labels"], side), _device(model)))
         return batches
 
     def shapes(self) -> list[Examples]:
@@ -92,9 +92,9 @@ class Data:
             batch = collate(rows, self.pad)
             count = len(batch["signs"])
             made = {"advantage": torch.ones(count), "desirable": batch["signs"] > 0, "kl": torch.zeros(())}
-            made |= {name: torch.zeros(batch["targets"].shape) for name in ("ref_logp", "old_logp")}
+            made |= {name: torch.zeros(batch["labels"].shape) for name in ("ref_logp", "old_logp")}
             side = {name: value for name, value in made.items() if name in self.loss.needs}
-            found.append(Examples({n: batch[n] for n in ("input_ids", "attention_mask")}, batch["targets"], side))
+            found.append(Examples({n: batch[n] for n in ("input_ids", "attention_mask")}, batch["labels"], side))
         return found
 
     def _cut(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -120,7 +120,7 @@ class Data:
         """Of the answers' tokens, and which positions hold one."""
         batch = {name: value.to(_device(model)) for name, value in collate(rows, self.pad, prefix).items()}
         inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-        targets = batch[f"{prefix}targets"]
+        targets = batch[f"{prefix}labels"]
         with torch.no_grad():
             logp = token_stats_of(model, inputs, targets).logp
         assert logp is not None
@@ -136,7 +136,7 @@ def check_loss(loss: Loss, source: str) -> None:
     if not is_rollouts(source):
         check_trainable(loss)
         return
-    missing = sorted(loss.needs & _NEEDED - _OF_ROLLOUTS)
+    missing = sorted((loss.needs & SIDE_INPUTS) - OPTIONAL - _OF_ROLLOUTS)
     if missing or loss.horizon == "pair":
         why = f"it reads {', '.join(missing)}" if missing else "it compares pairs"
         raise ValueError(f"loss {loss.name!r} is none of rollouts: {why}")
