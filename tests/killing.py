@@ -57,7 +57,8 @@ class Runs:
         given = (argv, str(self.folder), loaded, count, event, delay, harm, kinds)
         process = context().Process(target=_run, args=given)
         process.start()
-        assert loaded.wait(300)
+        while not loaded.wait(1):
+            assert process.is_alive(), self.said()
         began = time.monotonic()
         process.join(600 if seconds is None else seconds)
         if process.is_alive():
