@@ -1,8 +1,11 @@
-"""Every script of the guides runs, with a tiny model in the place of the one that it names."""
+"""Every script of the guides and of docs/training.md runs, with a tiny model in the place of the one that it names."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -53,7 +56,35 @@ def test_there_are_scripts() -> None:
 def test_script(name: str, tiny: Path, tmp_path: Path) -> None:
     if "from trl" in SCRIPTS[name]:
         pytest.importorskip("trl", reason="TRL is not installed: its guide is not run")
+    ends_well(SCRIPTS[name].replace(NAMED, str(tiny)), tmp_path)
+
+
+def ends_well(text: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPTS[name].replace(NAMED, str(tiny)), encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     done = python(str(script), cwd=tmp_path, HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_trainer_of_the_page_on_training(tiny: Path, tmp_path: Path) -> None:
+    (block,) = BLOCK.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
+    assert block.count("max_steps=200") == 1 and block.count("bf16=True") == 1
+    rows = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "no"} for word in ("one", "two", "six", "ten")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    block = block.replace("max_steps=200", "max_steps=2").replace("bf16=True", "use_cpu=True")
+    ends_well(f"path = {str(tiny)!r}\n{block}", tmp_path)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_shown_is_python_and_names_what_there_is(page: Path) -> None:
+    """Of blocks that are too short to run, too."""
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "fused_po":
+                module = import_module(str(node.module))
+                for alias in node.names:
+                    # a module that nobody has imported is no attribute yet
+                    assert hasattr(module, alias.name) or import_module(f"{node.module}.{alias.name}")

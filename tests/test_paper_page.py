@@ -69,6 +69,8 @@ def smaller(words: list[str]) -> list[str]:
         words += [f"--{name}={value}" for name, value in STUDY.items()] + ["--device=cpu"]
         if "--seeds" in words:
             words[words.index("--seeds") + 1] = "1"
+    if words[1] == "g":
+        words += ["--examples=4", "--prompts=2", "--max-length=40", "--max-new-tokens=4", "--device=cpu"]
     return words
 
 

@@ -45,11 +45,14 @@ MAY_IMPORT = {
         # its version, which cached references are kept by
         *("stats", "losses", "splits", "ops", "fused_po"),
     },
-    "diagnostics": {"torch", "transformers", "safetensors", "stats", "kernels", "losses", "splits", "ops", "trainers"},
+    "diagnostics": {
+        *("torch", "transformers", "safetensors"),
+        *("stats", "kernels", "ledger", "losses", "splits", "ops", "trainers"),
+    },
     # a peer is imported by name, where it is installed
     "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
     "study": {
-        *("torch", "transformers", "tokenizers", "matplotlib", "jinja2", "scipy"),
+        *("torch", "transformers", "tokenizers", "matplotlib", "numpy", "scipy", "statsmodels"),
         *("advantages", "losses", "splits", "ops", "pictures", "trainers", "diagnostics", "fused_po"),
     },
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +90,34 @@ def test_ranks_that_hear_of_an_interrupt_at_different_times_stop_together(tmp_pa
     heard = Report(tmp_path / "log", report._accelerator, None)
     heard.on_step_end(arguments, state, late)
     assert not heard.interrupted and not hasattr(late, "should_save")
+
+
+@pytest.mark.nightly
+def test_two_processes_stop_after_the_same_step(data, tmp_path):
+    """One hears of Ctrl-C a step before the other, which hears of it while the checkpoint is written."""
+    script = (
+        "import os, signal, sys\n"
+        "from fused_po.cli import main\n"
+        "from fused_po.trainers.preferences import PreferenceTrainer as Trainer\n"
+        "rank, step, save = int(os.environ['RANK']), Trainer.training_step, Trainer._save_checkpoint\n"
+        "def trained(self, *given, **named):\n"
+        "    if rank == 0 and self.state.global_step == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(self, *given, **named)\n"
+        "def saved(self, *given, **named):\n"
+        "    if rank == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('saves', rank, self.state.global_step, flush=True)\n"
+        "    return save(self, *given, **named)\n"
+        "Trainer.training_step, Trainer._save_checkpoint = trained, saved\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    output = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--standalone", sys.executable]
+    given = [sys.executable, *launch, "-c", script, *command(data, output, "--device", "cpu", "--steps", "50")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(given, capture_output=True, text=True, timeout=400, env=environment)
+    assert sorted(line for line in run.stdout.splitlines() if line.startswith("saves")) == ["saves 0 2", "saves 1 2"]
+    assert "stopped after step 2" in run.stdout and run.stderr.count("exitcode  : 130") >= 1, run.stderr
+    assert [one.name for one in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_streaming_takes_rows_of_the_training_data_alone(data, tmp_path, capsys):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fused_po.cli import bench, doctor, profile, study, train
+from fused_po.cli import bench, doctor, g, profile, study, train
 
 __all__ = ["main"]
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train.add_parser(commands)
     study.add_parser(commands)
+    g.add_parser(commands)
     bench.add_parser(commands)
     profile.add_parser(commands)
     doctor.add_parser(commands)

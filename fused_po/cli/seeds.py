@@ -6,7 +6,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -36,7 +36,7 @@ def run_all(
     work: Callable[[int, Callable[[int], Any]], None],
     workers: int,
     progress: Callable[[int], Any],
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Run ``work(seed, advance)`` for each seed, in as many processes as ``workers``.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import shutil
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.cli.arguments import positive
+from fused_po.cli.objective import loss_of, split_of
 
-__all__ = ["add_parser", "with_config"]
+__all__ = ["add_parser", "content_of", "loss_of", "with_config"]
 
 INTERRUPTED = 130
 _DATA = Path(__file__).parents[1] / "data"
@@ -150,14 +150,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from fused_po.cli.report import Bar, Report, plot, rows
     from fused_po.trainers import loading, whole
     from fused_po.trainers.data import counted, load_preferences, texts
-    from fused_po.trainers.preferences import PreferenceTrainer, learns_single
+    from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single
 
     args, output = _engine(arguments), arguments.output_dir
     bar = Bar() if sys.stderr.isatty() and args.should_save else None
     if bar is None:
         datasets.disable_progress_bars()
     console = Console(quiet=not args.should_save)
-    loss, split = _objective(arguments)
+    loss, split = loss_of(arguments), split_of(arguments)
+    check_trainable(loss)
     reached = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
     if arguments.streaming and reached <= 0:
         raise ValueError("--streaming wants --steps: it reads as many rows as they take")
@@ -222,43 +223,6 @@ def _train(arguments: argparse.Namespace) -> int:
     drawn = ", metrics.png" if (output / "metrics.png").exists() else ""
     console.print(f"wrote {output}/metrics.jsonl{drawn} and model/")
     return code
-
-
-def _objective(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The loss, and the split or None."""
-    from fused_po import losses, splits
-    from fused_po.trainers.preferences import check_trainable
-
-    names = arguments.loss.split("+")
-    given = _pairs("--loss-arg", arguments.loss_arg) | ({} if arguments.beta is None else {"beta": arguments.beta})
-    given |= {"paired": True} if names == ["sft"] else {}
-    loss = losses.create(names if len(names) > 1 else names[0], **given)
-    check_trainable(loss)
-    if arguments.split is None:
-        return loss, None
-    presets = {name: getattr(splits, name) for name in splits.__all__}
-    presets = {name: make for name, make in presets.items() if make.__annotations__.get("return") == "Split"}
-    presets["split"] = splits.Split
-    if arguments.split not in presets:
-        raise ValueError(f"--split {arguments.split}: expected one of {', '.join(sorted(presets))}")
-    try:
-        return loss, presets[arguments.split](**_pairs("--split-arg", arguments.split_arg))
-    except TypeError as error:
-        raise ValueError(f"--split: {error}") from None
-
-
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as Python values, words as they are."""
-    found: dict[str, Any] = {}
-    for one in given:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise ValueError(f"{flag} {one}: NAME=VALUE is wanted")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
 
 
 def _engine(arguments: argparse.Namespace) -> Any:

@@ -8,18 +8,23 @@ from fused_po.diagnostics.checkpoints import alignment_over_checkpoints, check_c
 from fused_po.diagnostics.dynamics import Dynamics, Histogram, learning_dynamics
 from fused_po.diagnostics.examples import Examples
 from fused_po.diagnostics.memory import peak_memory
+from fused_po.diagnostics.paper import AlignmentPrediction, predict_alignment
 from fused_po.diagnostics.prediction import MemoryPrediction, largest_length, predict_memory
+from fused_po.diagnostics.rollouts import Rollout, RolloutDump, read_rollouts, rollout_examples, write_rollouts
 
 if TYPE_CHECKING:
     from fused_po.diagnostics.callback import GradientAlignmentCallback
 
 __all__ = [
     "Alignment",
+    "AlignmentPrediction",
     "Dynamics",
     "Examples",
     "GradientAlignmentCallback",
     "Histogram",
     "MemoryPrediction",
+    "Rollout",
+    "RolloutDump",
     "alignment_over_checkpoints",
     "by_layer",
     "check_checkpoints",
@@ -27,7 +32,11 @@ __all__ = [
     "largest_length",
     "learning_dynamics",
     "peak_memory",
+    "predict_alignment",
     "predict_memory",
+    "read_rollouts",
+    "rollout_examples",
+    "write_rollouts",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from fused_po.diagnostics.alignment import Alignment, gradient_alignment
 from fused_po.diagnostics.examples import Examples, require_examples, require_loss_tokens
 from fused_po.losses.contract import Loss
 
-__all__ = ["alignment_over_checkpoints", "check_checkpoints"]
+__all__ = ["alignment_over_checkpoints", "check_checkpoints", "config_of"]
 
 Batches = Sequence[Examples] | Callable[[nn.Module, Path], Sequence[Examples]]
 
@@ -76,7 +77,7 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
     """Whether folders hold checkpoints of one model, without loading them.
 
     Args:
-        checkpoints: folders that ``save_pretrained`` wrote.
+        checkpoints: folders that ``save_pretrained`` wrote, of models or of adapters.
         tokenizer: compared with those saved beside the models; None: these are compared with each other.
 
     Returns:
@@ -100,10 +101,21 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
                     f"{folder} is no checkpoint of the model in {folders[0]}: {name} is {shape}, there {first[name]}"
                 )
     _check_tokenizers(folders, tokenizer)
+    return int(config_of(folders[0]).get_text_config().vocab_size)
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a checkpoint; of an adapter, that of its base model.
+
+    Raises:
+        ValueError: it can't be read.
+    """
     from transformers import AutoConfig
 
-    with _readable(folders[0]):
-        return int(AutoConfig.from_pretrained(folders[0]).get_text_config().vocab_size)
+    with _readable(folder):
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+        return AutoConfig.from_pretrained(base or folder)
 
 
 @contextmanager
@@ -121,14 +133,16 @@ def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: a folder that save_pretrained wrote is wanted")
+    pattern = "adapter_model*.safetensors" if adapter else "model*.safetensors"
     found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in sorted(folder.glob(pattern)):
         with _readable(file), safe_open(file, framework="pt") as weights:
             found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     if not found:
-        raise ValueError(f"{folder} holds no model*.safetensors")
+        raise ValueError(f"{folder} holds no {pattern}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def _drawn(title: str, paint: Callable[[Any], None]) -> tuple[str, bytes] | None
             paint(canvas)
             text = io.StringIO()
             canvas.savefig(text, format="svg", metadata={"Date": None})
-            return text.getvalue(), png(canvas)
+            return text.getvalue(), png(canvas, colours=128)
         except KeyError:
             return None
         finally:
@@ -68,16 +69,21 @@ def _drawn(title: str, paint: Callable[[Any], None]) -> tuple[str, bytes] | None
 
 def _findings(canvas: Any, findings: Sequence[Finding]) -> None:
     shown = [one for one in findings if one.claim.confirmatory][::-1]
-    canvas.set_size_inches(9.0, 0.32 * len(shown) + 0.9)
+    canvas.set_size_inches(10.5, 0.3 * len(shown) + 0.8)
     axis = canvas.subplots()
     for place, one in enumerate(shown):
         color = COLORS.get(one.verdict, "#666666")
         axis.plot([one.estimate.d_low, one.estimate.d_high], [place, place], color=color, linewidth=1.5)
         axis.plot([one.estimate.d], [place], "o", color=color, markersize=4)
     axis.set_yticks(range(len(shown)), [f"{one.claim.text} ({one.verdict})" for one in shown], fontsize=7)
+    ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axis.set_xscale("symlog", linthresh=1.0)
+    frame(axis, "", "", xlabel="effect size (Hedges' g), 95 % interval")
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.minorticks_off()
+    ends = [end for one in shown for end in (one.estimate.d_low, one.estimate.d_high) if not math.isnan(end)]
+    axis.set_xlim(min([-1.5, *ends]) * 1.3, max([1.5, *ends]) * 1.3)
     axis.set_ylim(-0.6, len(shown) - 0.4)
-    frame(axis, "", "", xlabel="effect size: mean over standard deviation of seeds, with 95 % interval")
     axis.axvline(0.0, color="black", linewidth=0.8)
 
 
@@ -107,7 +113,7 @@ def _arms(method: str) -> Callable[[Any, Curves, Results], None]:
         for axis, (metric, ylabel) in zip(axes.flat, ARM_PANELS.items(), strict=True):
             for number, arm in enumerate(arms):
                 label = NAMES.get(method, method) if arm == "full" else arm
-                band(axis, curves.steps(method, metric, arm), curves.array(method, metric, arm), label, number)
+                band(axis, curves.steps(method, metric, arm), curves.array(method, metric, arm), label, number, 0.1)
             frame(axis, NAMES.get(method, method), ylabel)
             if metric.startswith("kl"):
                 # a collapsed arm would flatten the others
@@ -136,7 +142,7 @@ def _overfitting(canvas: Any, curves: Curves, results: Results) -> None:
                 numpy.where(points <= own.max(), first_at(points, own, other), numpy.nan)
                 for own, other in zip(x, y, strict=True)
             ]
-            band(axis, points, numpy.array(rows), label, number)
+            band(axis, points, numpy.array(rows), label, number, 0.1)
         frame(axis, "DPO", ylabel, xlabel="reward margin on training pairs (nats)")
     legend(axes[1])
 
@@ -203,6 +209,7 @@ def _coefficients(canvas: Any, curves: Curves, results: Results) -> None:
             frame(axis, f"{NAMES.get(method, method)}, update {step}", "share of tokens", xlabel="k")
             axis.axvline(0.0, color="black", linewidth=0.6)
             axis.set_yscale("log")
+            axis.set_ylim(1e-4, 1.0)
 
 
 FIGURES = {

@@ -131,7 +131,7 @@ def slopes(model: nn.Module, examples: Examples, direction: Tensor) -> Tensor:
 
     # the fused kernels of attention know no forward mode
     with sdpa_kernel(SDPBackend.MATH):
-        _, found = torch.func.jvp(logp, ({name: p.detach() for name, p in parameters.items()},), (along,))
+        found: Tensor = torch.func.jvp(logp, ({name: p.detach() for name, p in parameters.items()},), (along,))[1]
     return found
 
 

@@ -18,7 +18,7 @@ NAMES = {"dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
 WIDTH, HEIGHT = 3.7, 2.7
 
 # metric of a line, or (metric, arm) -> its name
-Lines = Mapping[str | tuple[str, str], str]
+Lines = Mapping[Any, str]
 
 
 def quartiles(values: ndarray) -> ndarray:
@@ -29,12 +29,11 @@ def quartiles(values: ndarray) -> ndarray:
     return found
 
 
-def band(axis: Any, x: Sequence[float] | ndarray, values: ndarray, label: str, number: int) -> None:
-    """A line with its band, from values (seeds, x); ``number`` chooses its colour and style."""
+def band(axis: Any, x: Sequence[float] | ndarray, values: ndarray, label: str, number: int, alpha: float = 0.2) -> None:
+    """A line with its band, from values (seeds, x); ``number`` chooses its colour, ``alpha`` how strong the band is."""
     low, middle, high = quartiles(values)
-    style = ("-", "--", "-.", ":")[number // 10 % 4]
-    axis.plot(x, middle, style, label=label, color=f"C{number % 10}", linewidth=1.6)
-    axis.fill_between(x, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
+    axis.plot(x, middle, label=label, color=f"C{number % 10}", linewidth=1.6)
+    axis.fill_between(x, low, high, color=f"C{number % 10}", alpha=alpha, linewidth=0)
 
 
 def frame(axis: Any, title: str, ylabel: str, zero: bool = False, xlabel: str = "updates") -> None:
@@ -77,11 +76,15 @@ def grid(
             for number, (line, label) in enumerate(lines.items()):
                 metric, arm = (line, "full") if isinstance(line, str) else line
                 if metric in curves.metrics(method, arm):
-                    band(axis, curves.steps(method, metric, arm), curves.array(method, metric, arm), label, number)
+                    band(
+                        axis,
+                        curves.steps(method, metric, arm),
+                        curves.array(method, metric, arm),
+                        label,
+                        number,
+                        0.2 if len(lines) < 4 else 0.1,
+                    )
             frame(axis, NAMES.get(method, method), ylabel, zero)
-            if ylabel in logarithmic:
-                # a collapsed arm would flatten the others
-                axis.set_yscale("symlog", linthresh=1.0)
             last = axis is row[-1] and (len(panels) > 1 or method == rows[-1])
             if len(lines) > 1 and (last or not alike):
                 legend(axis)

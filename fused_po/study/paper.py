@@ -106,6 +106,15 @@ def _spread(curves: Curves, method: str) -> ndarray:
     return size
 
 
+def _greedy(curves: Curves, method: str) -> ndarray:
+    """How much further steps lead towards greedy final answers than towards sampled ones."""
+    return way(curves, method, "cosine/greedy") - way(curves, method, "cosine/sampled")
+
+
+def _of(function: Callable[[Curves, str], ndarray], method: str) -> Measure:
+    return lambda curves: function(curves, method)
+
+
 CONFIRMATORY = (
     Claim(
         "DPO follows stable targets: its steps lead towards the final answers.",
@@ -211,7 +220,7 @@ EXPLORATORY = (
             f"{method.upper()}: greedy final answers are led to more than sampled ones.",
             "mean cosine towards greedy less that towards sampled final answers",
             "cosine",
-            lambda curves, method=method: way(curves, method, "cosine/greedy") - way(curves, method, "cosine/sampled"),
+            _of(_greedy, method),
         )
         for method in ("dpo", "ppo")
     ),
@@ -220,7 +229,7 @@ EXPLORATORY = (
             f"{method.upper()}: how much G depends on which final answers were drawn.",
             "standard deviation of G between draws of D' over the mean size of G",
             "g",
-            lambda curves, method=method: _spread(curves, method),
+            _of(_spread, method),
         )
         for method in ("dpo", "ppo")
     ),
@@ -229,7 +238,7 @@ EXPLORATORY = (
             f"{method.upper()}: steps lead towards answers of every later checkpoint.",
             "mean cosine of a checkpoint's gradient and that of answers of later checkpoints",
             "time",
-            lambda curves, method=method: _later(curves, method),
+            _of(_later, method),
         )
         for method in ("dpo", "ppo")
     ),

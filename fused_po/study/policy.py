@@ -1,9 +1,9 @@
-"""The policy: a small model with one token per character, or any causal language model; sampling from it."""
+"""The policy: a small model with one token per character, and sampling from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +38,14 @@ class Language:
     """Prompts and answers in the tokens of a model."""
 
     tokenizer: Any
+    # the few prompts of the task are asked for all the time
+    _prompts: dict[Prompt, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt.text)["input_ids"]
-        # a tokenizer may end what it encodes; the answer comes behind that
-        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        """Its token ids."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self.tokenizer(prompt.text)["input_ids"]
+        return self._prompts[prompt]
 
     def answer(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_po import linear_loss
+from fused_po.diagnostics import Examples
+from fused_po.diagnostics.paper import predict_alignment
 from fused_po.ledger import record
 from fused_po.prices import Device
 from fused_po.study.real_settings import RealSettings
@@ -109,10 +112,7 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
     }
     memory["G"] = {
         "weights": weights,
-        "gradient of D'": SINGLE * trained,
-        "gradient of the loss": SINGLE * trained,
-        "gradient of a batch, or weights before a step": SINGLE * trained,
-        "activations and logits": max(0, _step(model, settings, "dpo", None, single=True)[0] - SINGLE * trained),
+        "gradients, activations and logits": _alignment(model, settings),
         "beside": BESIDE,
     }
     disk = SINGLE * trained * (settings.checkpoints - 1) + state
@@ -122,12 +122,15 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
 def _model(settings: RealSettings, config: Any) -> tuple[Any, Any]:
     """The model without values, and what says how large its cache is."""
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     half = settings.dtype != "float32"
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+    # a model writes its attention into its config
+    config = copy.deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32)
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
         model.set_attn_implementation(_ATTENTION)
         if settings.lora is not None:
             from fused_po.trainers.loading import add_adapter
@@ -148,21 +151,13 @@ def _attention(
     return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2).contiguous(), None
 
 
-def _step(
-    model: Any, settings: RealSettings, method: str, on: Device | None, single: bool = False
-) -> tuple[int, float]:
+def _step(model: Any, settings: RealSettings, method: str, on: Device | None) -> tuple[int, float]:
     """The peak of a forward and backward of one batch beyond the weights, in bytes, and its seconds."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype = inner.get_output_embeddings().weight.dtype
-    if single:
-        inner.float()
-    checkpointed = settings.gradient_checkpointing and not single
-    if checkpointed:
+    if settings.gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if settings.lora is not None:
             inner.enable_input_require_grads()
-    else:
-        inner.gradient_checkpointing_disable()
     inner.train()
     rows, device = settings.micro_batch, torch.device("meta")
     ids = torch.empty(rows, settings.max_length, dtype=torch.int64, device=device)
@@ -174,9 +169,19 @@ def _step(
         weight = inner.get_output_embeddings().weight
         linear_loss(hidden[:, :-1], weight, ids[:, 1:], loss_of(method, settings), **side).loss.backward()
     model.zero_grad()
-    if single:
-        inner.to(dtype)
     return ledger.peak, 0.0 if on is None else ledger.seconds(on)
+
+
+def _alignment(model: Any, settings: RealSettings) -> int:
+    """The peak of G beyond the weights, in bytes: in float32, and without gradient checkpointing."""
+    model.float().eval()
+    if settings.gradient_checkpointing:
+        (model.get_base_model() if hasattr(model, "get_base_model") else model).gradient_checkpointing_disable()
+    ids = torch.empty(settings.micro_batch, settings.max_length, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    given = Examples(inputs, ids[:, 1:], {"ref_logp": torch.empty(settings.micro_batch, device="meta")})
+    options = {"method": settings.estimator, "cosine": True, "device": settings.device or "cuda"}
+    return predict_alignment(model, [given], loss_of("dpo", settings), [given], **options).above
 
 
 def _cache(config: Any, settings: RealSettings, rows: int) -> int:

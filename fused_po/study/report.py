@@ -109,7 +109,7 @@ def result(findings: Sequence[Finding], seeds: int) -> str:
         return SMOKE
     count = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     supported, contradicted = count.pop("supported", 0), count.pop("contradicted", 0)
-    rest = "".join(f", {number} {'is' if number == 1 else 'are'} {verdict}" for verdict, number in count.items())
+    rest = "".join(f"; {number} {'is' if number == 1 else 'are'} {verdict}" for verdict, number in count.items())
     return (
         f"**Of {len(verdicts)} claims fixed before the runs, {seeds} seeds support {supported} and contradict "
         f"{contradicted}{rest}.**"

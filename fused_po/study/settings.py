@@ -50,8 +50,7 @@ class Settings:
     """Numbers of a study.
 
     Attributes:
-        model: ``tiny``, a random Llama with a token per character, or a folder or hub id of transformers.
-        hidden_size, layers: of the tiny model.
+        hidden_size, layers: of the model, a random Llama with a token per character.
         largest: totals of the task go from 10 to this.
         noise: share of wrong sums in the demonstrations, so that the start has something to learn.
         sft_steps, sft_lr, sft_batch: of the supervised start, common to all arms of a seed.
@@ -73,7 +72,6 @@ class Settings:
         device: where it runs.
     """
 
-    model: str = "tiny"
     hidden_size: int = 64
     layers: int = 2
     largest: int = 30
@@ -117,7 +115,7 @@ class Settings:
             raise ValueError(f"noise must lie in [0, 1): got {self.noise}")
         if self.policy_loss not in ("ppo", "grpo"):
             raise ValueError(f"policy_loss must be one of ppo, grpo: got {self.policy_loss!r}")
-        if self.model == "tiny" and self.hidden_size % 32:
+        if self.hidden_size % 32:
             raise ValueError(f"hidden_size must be a multiple of 32: got {self.hidden_size}")
         if self.checkpoints > self.steps + 1:
             raise ValueError(f"checkpoints must be at most steps + 1, {self.steps + 1}: got {self.checkpoints}")

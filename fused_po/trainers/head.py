@@ -96,7 +96,8 @@ class Call:
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast is None:
-            on = torch.is_autocast_enabled(device.type)
+            # no autocast reaches tensors without values
+            on = device.type != "meta" and torch.is_autocast_enabled(device.type)
             return torch.autocast(device.type, enabled=False) if on else nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
 

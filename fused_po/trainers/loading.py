@@ -30,7 +30,9 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
 
     if name == "tiny":
         return _train_tokenizer(texts)
-    _check_folder(name)
+    # it can only be a folder
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
@@ -81,35 +83,20 @@ def add_adapter(model: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
 
 
 def _train_tokenizer(texts: Iterable[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCAB,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, TINY_VOCAB, min_frequency=0, show_progress=False, special_tokens=_SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = _TEMPLATE
     return fast
 
 
 def _said(error: Exception) -> str:
     return shortened(error if isinstance(error, OSError | ValueError) else repr(error), 300)
-
-
-def _check_folder(name: str) -> None:
-    """Raise ValueError where a name can only be a folder and there is none."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"--model {name}: no such folder")

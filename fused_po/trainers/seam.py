@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fused_po.ops.devices import stands_for
 from fused_po.trainers.deferred import DeferredLogits
 from fused_po.trainers.head import Call, ModelHead
 
@@ -210,7 +211,7 @@ class _PutOff(TorchFunctionMode):
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> DeferredLogits:
         layer: Any = self.call.layer
-        kind = hidden.device.type
+        kind = stands_for(hidden)
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if hasattr(layer, "pre_bwd_fn") and hidden.requires_grad:
             # ZeRO-3 finds no tensor in what the layer returns, and waits for the backward of one

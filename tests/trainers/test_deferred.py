@@ -77,6 +77,7 @@ CHANGES = {
     "cross entropy": lambda z: nn.CrossEntropyLoss()(z.view(-1, 11), LABELS.view(-1)),
     "cross entropy, ignoring": lambda z: nn.CrossEntropyLoss(ignore_index=4)(z.view(-1, 11), LABELS.view(-1)),
     "cross entropy, smoothed": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(z.view(-1, 11), LABELS.view(-1)),
+    "cross entropy, summed": lambda z: nn.CrossEntropyLoss(reduction="sum")(z.view(-1, 11), LABELS.view(-1)),
     "stack": lambda z: torch.stack([z, z + 1.0]),
     "minus": lambda z: 1.0 - z,
 }
@@ -111,6 +112,19 @@ def test_log_probs_and_entropies_follow_what_was_done(name):
     labels = torch.zeros(log_p.shape[:-1], dtype=torch.int64)
     torch.testing.assert_close(found.logp(labels), log_p[..., 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.entropy(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [*(CHANGES[name] for name in ("scaled", "by a number first", "capped")), lambda z: z.detach().div_(0.7)]
+)
+def test_what_is_known_of_logits_is_not_known_of_others(change):
+    logits = put_off(HIDDEN)
+    logits.logp(LABELS)
+    found, want = change(logits), change(LAYER(HIDDEN))
+    assert isinstance(found, DeferredLogits)
+    torch.testing.assert_close(found.mean(-1), want.mean(-1), rtol=1e-5, atol=1e-6)
+    entropy = -(want.softmax(-1) * want.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(found.entropy(), entropy, rtol=1e-5, atol=1e-6)
 
 
 def test_the_autocast_of_the_model_is_remembered():

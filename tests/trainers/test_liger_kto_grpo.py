@@ -119,6 +119,19 @@ def test_num_items_as_a_number_and_as_a_tensor():
     torch.testing.assert_close(2 * twice, counted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_num_items_are_those_of_all_ranks(kind, monkeypatch):
+    """DDP takes the mean over ranks, so each divides by its share."""
+    problem = HeadProblem(1)
+    hidden, weight = problem.leaves()
+    given = [hidden, weight, problem.labels.clamp_min(0), problem.keep, problem.advantage]
+    module = liger.LigerFusedLinearGRPOLoss(use_ref_model=False)
+    alone = module(*given, num_items_in_batch=kind(10))[0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    assert torch.equal(module(*given, num_items_in_batch=kind(20))[0], alone)
+
+
 def test_luspo_sums_loss_tokens_alone():
     """By its formula in float64, whatever stands at masked positions."""
     problem = HeadProblem(1)

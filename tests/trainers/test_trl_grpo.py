@@ -24,6 +24,8 @@ GRPO = {
     "accumulation": {"gradient_accumulation_steps": 2, "loss_type": "dapo"},
     "accumulation, grpo": {"gradient_accumulation_steps": 2, "loss_type": "grpo", "entropy_coef": 0.05},
     "lora": {"lora": True},
+    # no bonus in the first step, whose entropy nobody knows yet, then one
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 10.0},
 }
 
 

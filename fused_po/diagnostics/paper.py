@@ -1,0 +1,124 @@
+"""How much memory G will take, on paper: the same program on tensors that have shapes and no values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fused_po.diagnostics.alignment import gradient_alignment
+from fused_po.diagnostics.examples import Examples
+from fused_po.ledger import record
+from fused_po.losses.contract import Loss
+from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES
+from fused_po.trainers.model import token_stats_of
+
+__all__ = ["AlignmentPrediction", "predict_alignment"]
+
+# whatever their number, parts are measured one after the other
+FEW = ("positive", "negative")
+
+
+@dataclass(frozen=True)
+class AlignmentPrediction:
+    """Bytes alive at the peak of ``gradient_alignment``.
+
+    Attributes:
+        model: parameters and buffers.
+        above: what the call takes on top: the gradient of D', copies of what moves, activations, tiles of logits.
+    """
+
+    model: int
+    above: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.model + self.above
+
+
+def predict_alignment(
+    model: nn.Module,
+    batches: Sequence[Examples],
+    loss: Loss,
+    target: Sequence[Examples],
+    *,
+    device: str = "cuda",
+    **options: Any,
+) -> AlignmentPrediction:
+    """The memory of ``gradient_alignment`` with the largest batch of D and the largest of D', before anything runs.
+
+    Attention is counted as a fused kernel takes it, without scores of all pairs of tokens, where the model asks for
+    torch's. What a library takes for itself is not in it.
+
+    Args:
+        model: on ``meta``: ``with torch.device("meta"): AutoModelForCausalLM.from_config(config)``.
+        batches, loss, target: as in ``gradient_alignment``; only shapes are read.
+        device: the type of the device that it will run on, whose budget for logits counts.
+        options: of ``gradient_alignment``; ``parts`` and ``blocks`` change nothing.
+
+    Raises:
+        ValueError: a model that is not on ``meta``, and whatever ``gradient_alignment`` raises.
+    """
+    if any(not p.is_meta for p in model.parameters()):
+        raise ValueError('the model must be on "meta": a prediction has no use for values')
+    kept = {name: value for name, value in options.items() if name in ("method", "cosine", "reduction")}
+    largest = [_shapes(max(given, key=lambda one: one.labels.numel())) for given in (batches, target)]
+    with _budget_of(device), warnings.catch_warnings(), record() as ledger, _FusedAttention():
+        # of numbers that are not there
+        warnings.simplefilter("ignore")
+        stats = partial(token_stats_of, check=False)
+        gradient_alignment(model, largest[:1], loss, largest[1:], parts=FEW, stats=stats, **kept)
+    held = [*model.parameters(), *model.buffers()]
+    return AlignmentPrediction(sum(one.numel() * one.element_size() for one in held), ledger.peak)
+
+
+def _shapes(examples: Examples) -> Examples:
+    def on_paper(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    return Examples(on_paper(examples.inputs), examples.labels.to("meta"), on_paper(examples.side_inputs))
+
+
+@contextmanager
+def _budget_of(device: str) -> Iterator[None]:
+    """Tensors without values are planned for as those of a GPU; the budget for logits is another's within."""
+    own = DEFAULT_SCRATCH_BYTES.get(torch.device(device).type)
+    if own is not None:
+        DEFAULT_SCRATCH_BYTES["cuda"] = own
+    try:
+        yield
+    finally:
+        DEFAULT_SCRATCH_BYTES.pop("cuda", None)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention of torch as its fused kernels take memory: output and a normaliser of each row."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            return _Attention.apply(given["query"], given["key"], given["value"])
+        return function(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, found, query.new_empty(query.shape[:-1]))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
