@@ -56,7 +56,7 @@ class Data:
         """Keep the reference's log-probs of each answer beside its row."""
         assert self.rows is not None
         if "kl" in self.loss.needs:
-            self.rows = [row | mismatched(row, self.rows, place) for place, row in enumerate(self.rows)]
+            self.rows = [row | mismatched(self.rows, place) for place, row in enumerate(self.rows)]
         for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
             for rows in self._cut(self.rows):
                 logp, keep = self._logp(model, rows, prefix)

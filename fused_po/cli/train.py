@@ -14,7 +14,7 @@ from typing import Any
 from fused_po.cli.arguments import positive
 from fused_po.cli.objective import loss_of, split_of
 
-__all__ = ["add_parser", "content_of", "loss_of", "with_config"]
+__all__ = ["add_parser", "with_config"]
 
 INTERRUPTED = 130
 _DATA = Path(__file__).parents[1] / "data"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from fused_po.diagnostics.alignment import gradient_alignment
 from fused_po.diagnostics.examples import Examples
 from fused_po.ledger import record
 from fused_po.losses.contract import Loss
-from fused_po.ops.calls import DEFAULT_SCRATCH_BYTES
+from fused_po.ops.devices import planned_for
 from fused_po.trainers.model import token_stats_of
 
 __all__ = ["AlignmentPrediction", "predict_alignment"]
@@ -72,7 +71,7 @@ def predict_alignment(
         raise ValueError('the model must be on "meta": a prediction has no use for values')
     kept = {name: value for name, value in options.items() if name in ("method", "cosine", "reduction")}
     largest = [_shapes(max(given, key=lambda one: one.labels.numel())) for given in (batches, target)]
-    with _budget_of(device), warnings.catch_warnings(), record() as ledger, _FusedAttention():
+    with planned_for(torch.device(device).type), warnings.catch_warnings(), record() as ledger, _FusedAttention():
         # of numbers that are not there
         warnings.simplefilter("ignore")
         stats = partial(token_stats_of, check=False)
@@ -86,18 +85,6 @@ def _shapes(examples: Examples) -> Examples:
         return {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
 
     return Examples(on_paper(examples.inputs), examples.labels.to("meta"), on_paper(examples.side_inputs))
-
-
-@contextmanager
-def _budget_of(device: str) -> Iterator[None]:
-    """Tensors without values are planned for as those of a GPU; the budget for logits is another's within."""
-    own = DEFAULT_SCRATCH_BYTES.get(torch.device(device).type)
-    if own is not None:
-        DEFAULT_SCRATCH_BYTES["cuda"] = own
-    try:
-        yield
-    finally:
-        DEFAULT_SCRATCH_BYTES.pop("cuda", None)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -180,7 +180,7 @@ def _alignment(model: Any, settings: RealSettings) -> int:
     ids = torch.empty(settings.micro_batch, settings.max_length, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "attention_mask": ids}
     given = Examples(inputs, ids[:, 1:], {"ref_logp": torch.empty(settings.micro_batch, device="meta")})
-    options = {"method": settings.estimator, "cosine": True, "device": settings.device or "cuda"}
+    options: dict[str, Any] = {"method": settings.estimator, "cosine": True, "device": settings.device or "cuda"}
     return predict_alignment(model, [given], loss_of("dpo", settings), [given], **options).above
 
 
