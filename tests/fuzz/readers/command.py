@@ -110,6 +110,11 @@ FLAGS = {
         ),
         *("--reward", "--judge", "--method", "--arms", "--plan", "--dtype", "--held-out", "--final", "--optim"),
     ),
+    "g": (
+        *("--checkpoints", "--data", "--final", "--draws", "--loss", "--beta", "--loss-arg", "--parts", "--method"),
+        *("--reference", "--examples", "--prompts", "--batch-size", "--max-length", "--max-new-tokens", "--lora-only"),
+        *("--dtype", "--device", "--seed", "--count-memory", "--predict-only", "--resume", "--output"),
+    ),
     "bench": (
         *("--cases", "--methods", "--device", "--seconds", "--stop-after", "--commit", "--output", "--paper"),
         *("--json", "--lines", "--list"),
