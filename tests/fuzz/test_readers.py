@@ -44,6 +44,7 @@ FOUND = {
     "a run that is a list": ("targets", b"[]"),
     "a run of no UTF-8": ("targets", TARGETS["targets"].seeds[0].replace(b"NVIDIA", b"\xff" * 2000)),
     "a tuner's run that is a list": ("tune", b"[]"),
+    "an engine that is not installed": ("words", b"train\n--output\nx\n--deepspeed\n{}"),
     "numbers of a study without their columns": ("store", b"\x00\x01{}"),
     "settings of a study that are a list": ("store", b"\x03\x00[]"),
     "a run of a study without its settings": ("pool", b"\x02\x00{}"),
