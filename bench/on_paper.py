@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bench import paper_g
 from bench.prose import prose
 from bench.record_paper import routes, trl_on
 from fused_po.bench.paper import CASES, PaperCase
 from fused_po.bench.paper_peers import counted_with
 from fused_po.prices import device
 
-__all__ = ["paper_section"]
+__all__ = ["g_section", "paper_section"]
 
 GIB = 1 << 30
 NOT_RUN = "None of it has run on a GPU yet; `fused-po bench --paper h200` measures the cases where one is."
@@ -46,6 +47,28 @@ def paper_section() -> list[str]:
             f"| {_words(case)} | {limit} | {row['over_bare']:.2f} x | {row['scratch_bytes'] / GIB:.2f} | "
             f"{row['launches']} | {theirs} |" + (f" {got} |" if ran else "")
         )
+    return [*lines, ""]
+
+
+def g_section() -> list[str]:
+    """From bench/results/paper/g.json, which ``python -m bench.paper_g`` writes."""
+    lines = [
+        "## G of a pretrained model, on paper",
+        "",
+        *prose(
+            f"""Not measured but counted: the tensors at the peak of `fused-po g` (docs/g.md) in float32, the cosine
+            included, on answers of {paper_g.TOKENS} tokens with their prompts. D and D' may hold any number of such
+            batches, 128 pairs as well as 4. A CUDA context and the workspaces of libraries come on top. On a CPU the
+            same count is within 10 % of what is allocated, which a test holds."""
+        ),
+        "",
+        "| model | method | answers at once | peak GiB | of it the model |",
+        "|---|---|---|---|---|",
+    ]
+    for name, methods in paper_g.read().items():
+        for method, rows in methods.items():
+            for answers, row in rows.items():
+                lines.append(f"| {name} | {method} | {answers} | {row['peak'] / GIB:.1f} | {row['model'] / GIB:.1f} |")
     return [*lines, ""]
 
 

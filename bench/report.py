@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 from bench import readme
 from bench.counters import section as counters_section
-from bench.on_paper import paper_section
+from bench.on_paper import g_section, paper_section
 from bench.prose import prose
 from bench.targets import results_by_case, targets
 from fused_po.bench.competitors import NAMES
@@ -223,7 +223,7 @@ def page() -> str:
     lines = [HEAD, *([] if on_gpu else [NO_GPU])]
     lines += [line for name, report in cases.items() for line in report_section(name, report)]
     lines += [line for report in rows.values() for line in rows_table(report)]
-    lines += [*paper_section(), *counters_section()]
+    lines += [*paper_section(), *g_section(), *counters_section()]
     reports = list(cases.values())
     lines += targets_section(reports)
     return "\n".join(lines).rstrip() + "\n"

@@ -85,15 +85,15 @@ SMALLER = {
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
-    """All but the study, which its own tests run."""
+    """All but the study and G over a run, which their own tests run."""
     rows = [f'{{"prompt": "Say {word}.", "chosen": "{word}", "rejected": "no"}}' for word in ("one", "two", "six")]
     (tmp_path / "preferences.jsonl").write_text("\n".join(rows), encoding="utf-8")
     shown = commands()
-    assert {words[0] for words in shown} == {"doctor", "train", "bench", "profile", "study"}
+    assert {words[0] for words in shown} == {"doctor", "train", "bench", "profile", "study", "g"}
     ran = set()
     for words in shown:
         name = " ".join(words[:2]) if words[1:2] == ["--paper"] else words[0]
-        if name == "study":
+        if name in ("study", "g"):
             continue
         words = ["tiny" if word == "PATH_OR_ID" else word for word in words]
         printed = run(tmp_path, "-m", "fused_po", *words, *SMALLER[name])

@@ -50,7 +50,11 @@ MAY_IMPORT = {
         *("stats", "kernels", "ledger", "losses", "splits", "ops", "trainers"),
     },
     # a peer is imported by name, where it is installed
-    "bench": {"torch", "rich", "losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"} | PUBLIC,
+    "bench": {
+        *("torch", "transformers", "rich"),
+        *("losses", "kernels", "ledger", "ops", "prices", "diagnostics", "fused_po"),
+    }
+    | PUBLIC,
     "study": {
         *("torch", "transformers", "tokenizers", "matplotlib", "numpy", "scipy", "statsmodels"),
         *("advantages", "losses", "splits", "ops", "pictures", "trainers", "diagnostics", "fused_po"),

@@ -157,6 +157,8 @@ class _Measurement:
         arguments = self.arguments
         if self.rank == 0 and not arguments.predict_only:
             self._settle()
+        while self.rank and not (self.output / "settings.json").exists():
+            time.sleep(_LOOK)
         if not arguments.predict_only:
             self._say(f"{Path(arguments.data).name}: {self.data.said}")
         predicted = self._predict()

@@ -31,7 +31,9 @@ def checkpointed(model: Any) -> Any:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"--gradient-checkpointing: {type(model).__name__} has none")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # a newer name of the same
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         # it asks whether it is in training; what is in it, dropout, stays as it is

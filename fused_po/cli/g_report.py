@@ -95,7 +95,7 @@ def _plot(points: Points, loss: str) -> bytes:
                 low, high = ([m + sign * w for m, w in zip(means, wide, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="step", ylabel="G")
-        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=3)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.suptitle(
         f"G over training, loss {loss}"
         + (", band: twice the standard error over draws of D'" * (len(points[0]["draws"]) > 1)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fused_po.diagnostics.alignment import gradient_alignment
 from fused_po.diagnostics.examples import Examples
+from fused_po.diagnostics.prediction import KERNEL_BLOCKS
 from fused_po.ledger import record
 from fused_po.losses.contract import Loss
 from fused_po.ops.devices import planned_for
@@ -71,13 +72,14 @@ def predict_alignment(
         raise ValueError('the model must be on "meta": a prediction has no use for values')
     kept = {name: value for name, value in options.items() if name in ("method", "cosine", "reduction")}
     largest = [_shapes(max(given, key=lambda one: one.labels.numel())) for given in (batches, target)]
-    with planned_for(torch.device(device).type), warnings.catch_warnings(), record() as ledger, _FusedAttention():
+    with planned_for(torch.device(device).type), warnings.catch_warnings(), record() as ledger, _fused_attention():
         # of numbers that are not there
         warnings.simplefilter("ignore")
         stats = partial(token_stats_of, check=False)
         gradient_alignment(model, largest[:1], loss, largest[1:], parts=FEW, stats=stats, **kept)
     held = [*model.parameters(), *model.buffers()]
-    return AlignmentPrediction(sum(one.numel() * one.element_size() for one in held), ledger.peak)
+    blocks = KERNEL_BLOCKS.get(torch.device(device).type, 0)
+    return AlignmentPrediction(sum(one.numel() * one.element_size() for one in held), ledger.peak + blocks)
 
 
 def _shapes(examples: Examples) -> Examples:
@@ -87,15 +89,24 @@ def _shapes(examples: Examples) -> Examples:
     return Examples(on_paper(examples.inputs), examples.labels.to("meta"), on_paper(examples.side_inputs))
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention of torch as its fused kernels take memory: output and a normaliser of each row."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention of torch as its fused kernels take memory: output and a normaliser of each row.
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is functional.scaled_dot_product_attention:
-            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            return _Attention.apply(given["query"], given["key"], given["value"])
-        return function(*args, **kwargs)
+    A mode would not do: layers that are run again in the backward are outside of it.
+    """
+    real = functional.scaled_dot_product_attention
+
+    def on_paper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not query.is_meta:
+            return real(query, key, value, *args, **kwargs)
+        return _Attention.apply(query, key, value)
+
+    functional.scaled_dot_product_attention = on_paper
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
 
 
 class _Attention(torch.autograd.Function):

@@ -180,8 +180,9 @@ def _alignment(model: Any, settings: RealSettings) -> int:
     ids = torch.empty(settings.micro_batch, settings.max_length, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "attention_mask": ids}
     given = Examples(inputs, ids[:, 1:], {"ref_logp": torch.empty(settings.micro_batch, device="meta")})
-    options: dict[str, Any] = {"method": settings.estimator, "cosine": True, "device": settings.device or "cuda"}
-    return predict_alignment(model, [given], loss_of("dpo", settings), [given], **options).above
+    loss, device = loss_of("dpo", settings), settings.device or "cuda"
+    options: dict[str, Any] = {"method": settings.estimator, "cosine": True}
+    return predict_alignment(model, [given], loss, [given], device=device, **options).above
 
 
 def _cache(config: Any, settings: RealSettings, rows: int) -> int:

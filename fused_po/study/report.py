@@ -111,8 +111,8 @@ def result(findings: Sequence[Finding], seeds: int) -> str:
     supported, contradicted = count.pop("supported", 0), count.pop("contradicted", 0)
     rest = "".join(f"; {number} {'is' if number == 1 else 'are'} {verdict}" for verdict, number in count.items())
     return (
-        f"**Of {len(verdicts)} claims fixed before the runs, {seeds} seeds support {supported} and contradict "
-        f"{contradicted}{rest}.**"
+        f"**Of {len(verdicts)} claims fixed before the runs, {supported} {'is' if supported == 1 else 'are'} supported "
+        f"and {contradicted} contradicted{rest}; by {seeds} {'seed' if seeds == 1 else 'seeds'}.**"
     )
 
 
