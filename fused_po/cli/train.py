@@ -91,7 +91,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--config {path}: a mapping of flags is wanted, got {type(found).__name__}")

@@ -93,7 +93,8 @@ def read_rollouts(path: str | Path, *, vocabulary: int | None = None) -> list[Ro
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    # other separators of lines may stand in strings
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 found.append(_rollout(json.loads(line), vocabulary))
