@@ -11,12 +11,15 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import matplotlib.pyplot
 import torch
+from transformers import LlamaForCausalLM
 
 from fused_po.cli import compare, main
 from fused_po.trainers import data, loading, preferences
@@ -25,7 +28,7 @@ from tests.forked import context
 __all__ = ["Runs"]
 
 # imported before a run begins
-LOADED = (compare, data, loading, preferences)
+LOADED = (matplotlib, LlamaForCausalLM, compare, data, loading, preferences)
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move")
 
 
@@ -34,6 +37,11 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._count = context().Value("i", 0)
+        self._pipe, other = context().Pipe()
+        # imports once, then forks for each run; ends with the pipe
+        context().Process(target=_serve, args=(other, str(folder), self._count), daemon=True).start()
+        other.close()
 
     def run(
         self,
@@ -53,37 +61,52 @@ class Runs:
         Returns:
             its exit code, -9 where it was killed; how long it ran; how many events there were.
         """
-        count, loaded = context().Value("i", 0), context().Event()
-        given = (argv, str(self.folder), loaded, count, event, delay, harm, kinds)
-        process = context().Process(target=_run, args=given)
-        process.start()
-        assert loaded.wait(300)
-        began = time.monotonic()
-        process.join(600 if seconds is None else seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        taken = time.monotonic() - began
-        assert process.exitcode is not None
-        code = process.exitcode
-        process.close()
-        return -signal.SIGKILL if code == -signal.SIGALRM else code, taken, count.value
+        self._pipe.send((600.0 if seconds is None else seconds, (argv, event, delay, harm, kinds)))
+        code, taken = self._pipe.recv()
+        return -signal.SIGKILL if code == -signal.SIGALRM else code, taken, self._count.value
 
     def said(self) -> str:
         """What the last run printed."""
         return (self.folder / "said").read_text(errors="replace")
 
 
+def _serve(pipe: Any, folder: str, count: Any) -> None:
+    while True:
+        try:
+            seconds, given = pipe.recv()
+        except EOFError:
+            return
+        count.value = 0
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                code = _run(folder, count, *given)
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        began, killed = time.monotonic(), False
+        while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+            if not killed and time.monotonic() - began > seconds:
+                os.kill(process, signal.SIGKILL)
+                killed = True
+            time.sleep(1e-3)
+        pipe.send((os.waitstatus_to_exitcode(ended[1]), time.monotonic() - began))
+
+
 def _run(
-    argv: list[str],
     folder: str,
-    loaded: Any,
     count: Any,
+    argv: list[str],
     last: int,
     delay: float,
     harm: Callable[[], None] | None,
     kinds: tuple[str, ...],
-) -> None:
+) -> int:
     said = os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -104,6 +127,5 @@ def _run(
 
     if harm is not None and not last:
         harm()
-    loaded.set()
     sys.addaudithook(note)
-    sys.exit(main(argv))
+    return main(argv)

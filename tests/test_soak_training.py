@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import psutil
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from transformers import TrainerCallback
 
 from fused_po import losses, splits
+from tests.forked import on_ranks
 from tests.test_preference_trainer import rows, trainer_of
 
 STEPS, EVERY = 1000, 100
@@ -61,19 +60,10 @@ def test_training_does_not_grow(tmp_path, name):
 
 def on_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=300)
-    )
     train(Path(folder), "sigmoid")
     dist.barrier()
-    # gloo's threads abort an interpreter that tidies up
-    os._exit(0)
 
 
 @pytest.mark.nightly
 def test_two_ranks_do_not_grow(tmp_path):
-    context = multiprocessing.spawn(on_rank, (str(tmp_path),), 2, join=False)
-    while not context.join(timeout=1200):
-        pass
+    on_ranks(on_rank, 2, tmp_path, str(tmp_path))

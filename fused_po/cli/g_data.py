@@ -230,8 +230,10 @@ def answers_of_file(path: str, tokenizer: Any, max_length: int, vocabulary: int)
     if is_rollouts(path):
         return read_rollouts(path, vocabulary=vocabulary)
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        # other separators of lines may stand in strings
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--final {path}: neither greedy nor sampled, nor a file of JSON lines ({error})") from None
     if not rows or not all(isinstance(row, dict) and "completion" in row for row in rows):
         raise ValueError(f"--final {path}: each line wants prompt and completion, or prompt_ids and answer_ids")

@@ -91,7 +91,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--config {path}: a mapping of flags is wanted, got {type(found).__name__}")
@@ -269,7 +269,12 @@ def _engine(arguments: argparse.Namespace) -> Any:
         "eval_on_start": evaluates and not (arguments.resume and any(output.glob("checkpoint-*"))),
     }
     parser.set_defaults(**ours | own | {name: value for name, value in begun.items() if name == "warmup_steps"})
-    args, rest = parser.parse_args_into_dataclasses(arguments.rest, True, look_for_args_file=False)
+    try:
+        args, rest = parser.parse_args_into_dataclasses(arguments.rest, True, look_for_args_file=False)
+    except Exception as error:
+        # of a package that is not there, a file that is none, ...: it has no common base
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"arguments of the engine: {said or type(error).__name__}") from None
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)} (neither of fused-po train nor of TrainingArguments)")
     args.data_seed = args.seed if args.data_seed is None else args.data_seed

@@ -67,7 +67,7 @@ def is_rollouts(path: str | Path) -> bool:
     try:
         with Path(path).open(encoding="utf-8") as file:
             first = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "answer_ids" in first
 
@@ -93,10 +93,13 @@ def read_rollouts(path: str | Path, *, vocabulary: int | None = None) -> list[Ro
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    # other separators of lines may stand in strings
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 found.append(_rollout(json.loads(line), vocabulary))
+            except RecursionError:
+                raise ValueError(f"{path}: line {number}: nested too deeply") from None
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
     if not found:

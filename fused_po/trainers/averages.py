@@ -51,9 +51,10 @@ class Averages:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, values: Mapping[str, tuple[Tensor, Tensor]], counts: bool = True) -> None:
+        """Take values in; those that do not count are named alone, for all ranks must name the same."""
         for name, (value, weight) in values.items():
-            weight = weight.to(value.device, torch.float64)
+            weight = weight.to(value.device, torch.float64) * counts
             # a mean over nothing may be NaN
             pair = torch.stack([torch.where(weight > 0, value.detach().double() * weight, 0.0), weight])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair

@@ -232,8 +232,7 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             side = self.side_inputs(model, inputs, counts=real > 0)
             out = self.loss_output(model, inputs, self._eval_totals, side=side)
-        if real:
-            self._eval.add(weighed_metrics(inputs, out, self._paired))
+        self._eval.add(weighed_metrics(inputs, out, self._paired), counts=real > 0)
         return None, None, None
 
     def evaluation_loop(

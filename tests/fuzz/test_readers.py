@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.fuzz.readers.preferences import CHAT, PAIRS, SINGLE, lines
+from tests.fuzz.readers.studies import ROLLOUT
 from tests.fuzz.readers.targets import TARGETS
 
 CHANGED = 8
@@ -44,6 +45,14 @@ FOUND = {
     "a run that is a list": ("targets", b"[]"),
     "a run of no UTF-8": ("targets", TARGETS["targets"].seeds[0].replace(b"NVIDIA", b"\xff" * 2000)),
     "a tuner's run that is a list": ("tune", b"[]"),
+    "flags nested deeply": ("config", b"[" * 5000),
+    "an engine that is not installed": ("words", b"train\n--output\nx\n--deepspeed\n{}"),
+    "numbers of a study without their columns": ("store", b"\x00\x01{}"),
+    "settings of a study that are a list": ("store", b"\x03\x00[]"),
+    "a run of a study without its settings": ("pool", b"\x02\x00{}"),
+    "points that are no rows": ("pool", b"\x01\x00[]\n"),
+    "rollouts with another separator": ("rollouts", ROLLOUT.replace(b"\n", b"\x0c\n") + ROLLOUT),
+    "rollouts nested deeply": ("rollouts", b"[" * 100_000),
     "a table without a default": ("table", b"{}"),
     "a table of no UTF-8": ("table", b"\xff"),
 }

@@ -7,6 +7,7 @@ FILE`` runs bytes that were found. atheris is no requirement of ours: ``pip inst
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import resource
 import subprocess
@@ -82,7 +83,12 @@ def guided(name: str, given: argparse.Namespace) -> None:
 
     def run(data: bytes) -> None:
         with tempfile.TemporaryDirectory(dir=place) as folder:
-            target.run(data, Path(folder))
+            try:
+                target.run(data, Path(folder))
+            except BaseException:
+                # on a busy machine the fuzzer's own alarm may come before it has written them
+                (crashes / f"crash-{hashlib.sha1(data).hexdigest()}").write_bytes(data)
+                raise
 
     options = [f"-max_total_time={given.seconds}", "-timeout=20", f"-rss_limit_mb={MOST_MEMORY}", "-max_len=4096"]
     options += ["-len_control=0"]

@@ -59,11 +59,12 @@ def unchanged() -> Iterator[None]:
                 state._reset_state()
 
 
-def called(argv: list[str]) -> None:
-    """Run a command line: it reaches the work, or refuses in a sentence with exit code 2."""
+def called(argv: list[str], folder: Path) -> None:
+    """Run a command line in a folder: it reaches the work, or refuses in a sentence with exit code 2."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = None
     with unchanged(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        os.chdir(folder)
         try:
             code = main(argv)
         except Reached:
@@ -108,6 +109,11 @@ FLAGS = {
             "--eval-data",
         ),
         *("--reward", "--judge", "--method", "--arms", "--plan", "--dtype", "--held-out", "--final", "--optim"),
+    ),
+    "g": (
+        *("--checkpoints", "--data", "--final", "--draws", "--loss", "--beta", "--loss-arg", "--parts", "--method"),
+        *("--reference", "--examples", "--prompts", "--batch-size", "--max-length", "--max-new-tokens", "--lora-only"),
+        *("--dtype", "--device", "--seed", "--count-memory", "--predict-only", "--resume", "--output"),
     ),
     "bench": (
         *("--cases", "--methods", "--device", "--seconds", "--stop-after", "--commit", "--output", "--paper"),
@@ -161,24 +167,19 @@ def argv(data: bytes, folder: Path) -> None:
     while draw.count > 0 and len(found) < 24:
         found.append(draw.one(FLAGS[command]))
         found += [draw.one(values) for _ in range(draw.number(3))]
-    called(found)
+    called(found, folder)
 
 
 def words(data: bytes, folder: Path) -> None:
     """Any words at all, one a line."""
-    place = os.getcwd()
-    os.chdir(folder)
-    try:
-        # as Python makes them of arguments that are no UTF-8
-        called(os.fsdecode(data.replace(b"\x00", b"")).split("\n"))
-    finally:
-        os.chdir(place)
+    # as Python makes them of arguments that are no UTF-8
+    called(os.fsdecode(data.replace(b"\x00", b"")).split("\n"), folder)
 
 
 def config(data: bytes, folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_bytes(data)
-    called(["train", "--config", str(path), "--output", str(folder / "out")])
+    called(["train", "--config", str(path), "--output", str(folder / "out")], folder)
 
 
 def run_of(folder: Path, settings: bytes) -> list[str]:
@@ -200,7 +201,7 @@ def settings(data: bytes, folder: Path) -> None:
         raise Reached
 
     with mock.patch.object(train, "_train", compared):
-        called([*given, "--resume"])
+        called([*given, "--resume"], folder)
 
 
 YAML = b"""steps: 3

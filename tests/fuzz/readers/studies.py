@@ -1,4 +1,4 @@
-"""Folders of studies, which more seeds are added to, or which are pooled."""
+"""Folders of studies, which more seeds are added to, or which are pooled; files of rollouts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fused_po.diagnostics.rollouts import is_rollouts, read_rollouts, write_rollouts
 from fused_po.study.real_pool import pooled
 from fused_po.study.run import Bin, Point, Results
 from fused_po.study.store import Store
@@ -61,10 +62,29 @@ def pool(data: bytes, folder: Path) -> None:
         )
 
 
+def rollouts(data: bytes, folder: Path) -> None:
+    path = folder / "rollouts.jsonl"
+    path.write_bytes(data)
+    known = is_rollouts(path)
+    with refusing(ValueError, str(path)):
+        found = read_rollouts(path, vocabulary=50)
+        assert known or not data.lstrip().startswith(b'{"prompt_ids"')
+        batches = [one for one in found if one.answer_ids]
+        assert all(0 <= token < 50 for one in batches for token in (*one.prompt_ids, *one.answer_ids))
+        write_rollouts(path, found)
+        assert read_rollouts(path) == found
+
+
+ROLLOUT = b'{"prompt_ids": [1, 5], "answer_ids": [7, 2], "old_logps": [-0.5, -1.25], "advantage": 0.7, "step": 40}\n'
 BROKEN = tuple(
     bytes([file, way]) + rest for file in range(4) for way in range(3) for rest in (b"{}", b"[]\n", b"\x00\x09\x01x")
 )
 STUDIES = {
     "store": Target(store, BROKEN, ('"steps"', "null", "seed,", ",,", "\n")),
+    "rollouts": Target(
+        rollouts,
+        (ROLLOUT, ROLLOUT * 2, b'{"prompt_ids": [1], "answer_ids": [], "mask": []}\n' + ROLLOUT, b"[" * 4000),
+        ('"mask"', '"ref_logps"', '"step"', "1e400", "NaN", "true", "null", "[", "-1"),
+    ),
     "pool": Target(pool, BROKEN, ('"decisive"', '"settings"', '"seed"', '"values"', '"win"', "null")),
 }
