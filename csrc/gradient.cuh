@@ -81,8 +81,7 @@ row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
 #pragma unroll 1
   for (int column = first; column < end; column += pass) {
     Quad quads[kInFlight];
-    const bool whole = column >= 0 && column + (kInFlight - 1) * step + N <= args.width;
-    load_vectors<E>(quads, place.x, args.width, column, step, whole);
+    const bool whole = load_vectors<E>(quads, place.x, args.width, column, step);
 #pragma unroll
     for (int u = 0; u < kInFlight; u++) {
       if (!whole && column + u * step >= args.width) break;
