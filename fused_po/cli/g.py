@@ -166,14 +166,18 @@ class _Measurement:
             return 0
         targets = self._final()
         done = {one["checkpoint"] for one in read_points(self.output)}
-        waiting = [folder for folder in self.folders if folder.name not in done]
-        if self.data.needs_reference and waiting:
+        # a share of all of them: another process may have measured some by now
+        own = [folder for folder in self.folders[self.rank :: self.world] if folder.name not in done]
+        if self.data.needs_reference and own:
             self._refer()
-        own = waiting[self.rank :: self.world]
+        written = self.output / f"points-{self.rank}.jsonl"
+        if written.exists():
+            # what a kill cut short would spoil the next line
+            written.write_text("".join(_whole_lines(written)), encoding="utf-8")
         for index, folder in enumerate(own):
             self.watch.say(f"measuring {folder.name}", index / len(own))
             point = self._point(folder, targets) | {"predicted_bytes": predicted}
-            with (self.output / f"points-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
+            with written.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(point) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -352,8 +356,11 @@ def read_points(output: Path) -> list[dict[str, Any]]:
     """What has been measured; a last line that a kill cut short is not there."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(output.glob("points-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                point = json.loads(line)
-                found[point["checkpoint"]] = point
+        for line in _whole_lines(path):
+            point = json.loads(line)
+            found[point["checkpoint"]] = point
     return list(found.values())
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
