@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_po import linear_loss
 from fused_po.diagnostics import Examples
 from fused_po.diagnostics.paper import predict_alignment
 from fused_po.ledger import record
+from fused_po.ops import linear_loss
 from fused_po.prices import Device
 from fused_po.study.real_settings import RealSettings
 from fused_po.study.real_train import loss_of

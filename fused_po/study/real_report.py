@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from fused_po import __version__
+import fused_po
 from fused_po.study.claims import Claim, Curves, Finding, judge
 from fused_po.study.estimates import Estimate
 from fused_po.study.figures import draw
@@ -108,7 +108,7 @@ def _page(pool: Pool, curves: Curves, rates: Rates, command: str) -> Page:
     page.say(ABOUT)
     seeds = ", ".join(map(str, pool.seeds))
     words = RealSettings(**settings).words(list(dict.fromkeys(method for method, _ in pool.ordered())))
-    first = f"Data: `{settings['data']}`. Seeds: {seeds}. fused_po {__version__}."
+    first = f"Data: `{settings['data']}`. Seeds: {seeds}. fused_po {fused_po.__version__}."
     page.items([first, *(f"{line[0].upper()}{line[1:]}." for line in words), *missing(pool)])
     page.say(f"`{command}` made this report.")
     page.heading("The runs")

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fused_po import __version__
+import fused_po
 from fused_po.study.reading import reading
 from fused_po.study.real_data import Pairs, read_pairs
 from fused_po.study.real_g import g_of_run
@@ -55,7 +55,7 @@ class RealStudy:
             settings.data, settings.held_out, settings.eval_data, template=bool(self.tokenizer.chat_template)
         )
         self._now = {"data": _digest(self.pairs), **settings.decisive()}
-        claim(output / "study.json", self._now, {"version": __version__, "settings": asdict(settings)})
+        claim(output / "study.json", self._now, {"version": fused_po.__version__, "settings": asdict(settings)})
         # the random model is one of a folder, too
         self._start = str(output / "start") if settings.model == "tiny" else settings.model
         start = loading.load_model(settings.model, self.tokenizer, 0)
@@ -83,7 +83,7 @@ class RealStudy:
             FloatingPointError: the training diverged.
         """
         settings, folder = self.settings, self.output / folder_of(seed, method, arm)
-        about = {"version": __version__, "settings": asdict(settings)}
+        about = {"version": fused_po.__version__, "settings": asdict(settings)}
         claim(folder / "run.json", {"seed": seed, "method": method, "arm": arm, **self._now}, about)
         done = {kind: measured(folder, kind) for kind in ("held_out", "G")}
         left = set(settings.due) - done["held_out"]
