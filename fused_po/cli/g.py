@@ -173,7 +173,8 @@ class _Measurement:
         written = self.output / f"points-{self.rank}.jsonl"
         if written.exists():
             # what a kill cut short would spoil the next line
-            written.write_text("".join(_whole_lines(written)), encoding="utf-8")
+            written.with_suffix(".part").write_text("".join(_whole_lines(written)), encoding="utf-8")
+            os.replace(written.with_suffix(".part"), written)
         for index, folder in enumerate(own):
             self.watch.say(f"measuring {folder.name}", index / len(own))
             point = self._point(folder, targets) | {"predicted_bytes": predicted}
@@ -237,7 +238,8 @@ class _Measurement:
 
             model = AutoPeftModelForCausalLM.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32)
         else:
-            model = load_model(str(folder), self.tokenizer, self.arguments.seed)
+            # an adapter that was merged leaves all of it frozen
+            model = load_model(str(folder), self.tokenizer, self.arguments.seed).requires_grad_(True)
         model = model.to(device=self.device, dtype=dtype).eval()
         return checkpointed(model) if self.arguments.gradient_checkpointing and not whole else model
 
