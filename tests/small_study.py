@@ -7,7 +7,7 @@ from functools import lru_cache
 from fused_po.study.run import Results, run_seed, total_updates
 from fused_po.study.settings import QUICK, Settings
 
-SMALL = Settings(**{**QUICK, "sft_steps": 100, "steps": 4, "pairs": 8, "samples": 16})
+SMALL = Settings(**{**QUICK, "sft_steps": 100, "steps": 8, "pairs": 8, "samples": 16})
 
 
 @lru_cache(1)

@@ -35,7 +35,7 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr()
     assert "smoke run: DPO follows stable targets" in said.out and "a first look, after one seed" in said.err
     assert {point.seed for point in read_results(output).points} == {3, 4}
-    assert json.loads((output / "settings.json").read_text())["steps"] == 4
+    assert json.loads((output / "settings.json").read_text())["steps"] == SMALL.steps
     text = (output / "report.md").read_text(encoding="utf-8")
     assert "fused-po study --seeds 2 --first-seed 3 --quick" in text and "A first look" not in text
     # seeds that are there are not run again, others join them
