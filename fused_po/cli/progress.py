@@ -11,8 +11,8 @@ from typing import Any
 
 __all__ = ["Watch", "watched"]
 
-# seconds without a word, where there is no terminal
-QUIET = 4.0
+# seconds without a word, where there is no terminal: at first, and of what has run for long
+QUIET, QUIET_LATER = 4.0, 30.0
 
 
 class Watch:
@@ -49,9 +49,11 @@ def watched(what: str, total: float | None = None) -> Iterator[Watch]:
     watch = Watch(what, lambda watch: None)
 
     def speak() -> None:
-        while not over.wait(QUIET):
+        seconds = 0.0
+        while not over.wait(min(max(QUIET, seconds / 20), QUIET_LATER)):
+            seconds = time.monotonic() - start
             share = f", {100 * watch.done / total:.0f} %" if total else ""
-            print(f"... {watch.what}{share}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"... {watch.what}{share}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
     speaker = Thread(target=speak, daemon=True)
     speaker.start()
