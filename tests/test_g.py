@@ -166,7 +166,7 @@ def test_processes_share_the_checkpoints(folder, tmp_path):
     assert points(output) == points(tmp_path / "alone")
 
 
-def test_rollouts_as_d_and_a_file_as_final(folder, tmp_path):
+def test_rollouts_as_d_and_a_file_as_final(folder, tmp_path, capsys):
     rows = [
         Rollout([5, 6], [7 + step, 8, 9], [-6.0, -6.1, -5.9], None, advantage, None, step)
         for step in STEPS
@@ -186,6 +186,9 @@ def test_rollouts_as_d_and_a_file_as_final(folder, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"prompt": "Is it red?", "completion": "Yes, it is red."}) + "\n")
     assert main(arguments(folder, tmp_path / "texts", "--final", str(texts), "--parts", "sides")) == 0
+    texts.write_text(texts.read_text() + "\n" + json.dumps({"prompt": "Is it?", "completion": 3}) + "\n")
+    assert main(arguments(folder, tmp_path / "wrong", "--final", str(texts), "--parts", "sides")) == 2
+    assert f"--final {texts}: row 3: completion must be a string" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["kto", "sft", "ipo", "ppo", "sigmoid+sft", "aot"])
@@ -257,6 +260,9 @@ def test_rollouts_that_do_not_suit_the_loss(folder, tmp_path, capsys):
     data = ["--data", str(tmp_path / "rollouts.jsonl")]
     assert main(arguments(folder, tmp_path / "out", *data)) == 2
     assert "loss 'sigmoid' is none of rollouts: it compares pairs" in capsys.readouterr().err
+    asked = ["--loss", "ppo", "--reference", str(folder / "checkpoint-10")]
+    assert main(arguments(folder, tmp_path / "asked", *data, *asked)) == 2
+    assert "--reference: loss 'ppo' asks none on" in capsys.readouterr().err
     assert main(arguments(folder, tmp_path / "ppo", *data, "--loss", "ppo")) == 2
     assert "the loss reads advantage, which 1 of 1 rollouts lack" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ import torch
 from fused_po.study import learners, run
 from fused_po.study.claims import Curves
 from fused_po.study.figures import FIGURES
-from fused_po.study.moment import GROUPS, SIDES, THIRDS
+from fused_po.study.moment import POSITIONS, SIDES, THIRDS
 from fused_po.study.page import Page
 from fused_po.study.paper import CLAIMS, CONFIRMATORY
 from fused_po.study.policy import Language, new_model, sample, tiny_tokenizer
@@ -107,7 +107,7 @@ def test_parts_of_g_sum_to_the_whole(results, method):
         assert sum(draws) / len(draws) == pytest.approx(value, abs=scale)
         for side in SIDES:
             thirds = [at[f"G/{side}/{third}"] for third in THIRDS]
-            cells = [at["table/" + "/".join(group)] for group in GROUPS if group[0] == side]
+            cells = [at[f"table/{side}/{third}/{place}"] for third in THIRDS for place in POSITIONS]
             if method == "dpo" and not step:
                 # all pairs weigh the same there
                 assert all(map(math.isnan, thirds + cells))

@@ -113,7 +113,12 @@ def test_seeds_that_fail_are_left_out_and_named(results, monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize(
     "options, message",
-    [(["--device=nowhere"], "device 'nowhere' can't be used"), (["--checkpoints=4"], "checkpoints must be at least 5")],
+    [
+        (["--device=nowhere"], "--device nowhere: "),
+        (["--checkpoints=4"], "checkpoints must be at least 5"),
+        (["--model=tiny"], "--model is of a study on a pretrained model: it wants --data"),
+        (["--arms", "full"], "--arms is of a study on a pretrained model"),
+    ],
 )
 def test_what_cannot_be_run_is_said_before_any_training(options, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "run_all", lambda *given: pytest.fail("a seed was started"))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from fused_po.cli import main, study_real
+from fused_po.cli import main
+from fused_po.cli.arguments import INTERRUPTED
 from fused_po.study import real_run
 from fused_po.study.real_measure import interval
 from fused_po.study.real_pool import pooled
@@ -198,7 +199,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
 
     with monkeypatch.context() as patch:
         patch.setattr(real_run, "train", cut)
-        assert main(command) == study_real.INTERRUPTED
+        assert main(command) == INTERRUPTED
     assert "the same command goes on" in capsys.readouterr().out
     run = tmp_path / "cut" / "seed-0" / "dpo" / arm
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"] and not measured(run, "held_out")
@@ -233,6 +234,7 @@ def test_seeds_and_arms_of_several_folders_pool(
         ([dpo, dpo], "are the same run"),
         ([dpo, tmp_path / "nowhere"], "no such folder"),
         ([dpo, tmp_path], "holds no run of a study"),
+        ([dpo, "--model", "model"], "--model is not of a report that --pool makes without --data"),
     ):
         assert main(["study", "--pool", *map(str, folders), "--output", str(tmp_path / "d")]) == 2
         said = capsys.readouterr().err
@@ -300,7 +302,9 @@ UNPAIRED = {"prompt": "Say one.", "completion": "one", "label": True}
         (["--held-out", "20"], "20 prompts, of which 20 can't be held out"),
         (["--batch", "6"], "batch must be a multiple of micro_batch"),
         (["--max-new-tokens", "48"], "max_new_tokens must be below max_length"),
-        (["--device", "nowhere"], "device 'nowhere' can't be used"),
+        (["--device", "nowhere"], "--device nowhere: "),
+        (["--noise", "0.2"], "--noise is not of a study on a pretrained model"),
+        (["--workers", "2"], "--workers is not of a study on a pretrained model"),
         (["--output", "."], "neither an empty folder nor one of such a study"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fused_po.cli import bench, doctor, g, profile, study, train
+from fused_po.cli.arguments import INTERRUPTED
 
 __all__ = ["main"]
 
@@ -46,4 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"fused-po: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fused-po: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code

@@ -1,12 +1,16 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, and what commands have in common."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from typing import Any
 
-__all__ = ["memory_size", "positive"]
+__all__ = ["INTERRUPTED", "command_of", "memory_size", "positive"]
+
+# the exit code after Ctrl-C
+INTERRUPTED = 130
 
 
 def positive(kind: type) -> Any:
@@ -22,6 +26,21 @@ def positive(kind: type) -> Any:
         return value
 
     return parse
+
+
+def command_of(arguments: argparse.Namespace, *without: str) -> str:
+    """The command line that does the same again, into whatever folder.
+
+    Args:
+        without: names of arguments that are left out.
+    """
+    words = ["fused-po", arguments.command]
+    for name, value in vars(arguments).items():
+        if name in ("command", "run", "rest", "output", *without) or value is None or value is False or value == []:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join([*words, "--output", "DIR"])
 
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fused_po.cli.arguments import positive
+from fused_po.cli.arguments import INTERRUPTED, positive
 from fused_po.cli.progress import Watch, watched
 
 __all__ = ["add_parser"]
@@ -106,7 +106,7 @@ def _measured(arguments: argparse.Namespace, watch: Watch) -> int:
         results.append(run_case(case, device, seconds, methods))
         return results[-1]
 
-    code = 130
+    code = INTERRUPTED
     try:
         code = run_cases(
             cases,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_po.cli.arguments import positive
 from fused_po.cli.progress import Watch, watched
+from fused_po.trainers import whole
 
 if TYPE_CHECKING:
     from fused_po.cli.g_data import Data
@@ -101,27 +102,22 @@ class _Measurement:
         from fused_po.cli.g_data import check_loss, load
         from fused_po.cli.objective import loss_of
         from fused_po.diagnostics.checkpoints import check_checkpoints
-        from fused_po.trainers.loading import load_tokenizer
+        from fused_po.trainers.loading import device_of, load_tokenizer
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.arguments, self.rank, self.world, self.watch = arguments, rank, world, watch
         self.output: Path = arguments.output
         self.told = False
-        self.folders = sorted((Path(one) for one in arguments.checkpoints), key=_step)
-        if len({folder.resolve() for folder in self.folders}) < len(self.folders):
+        self.folders = sorted((Path(one).resolve() for one in arguments.checkpoints), key=_step)
+        if len(set(self.folders)) < len(self.folders):
             raise ValueError("--checkpoints names a folder twice")
         vocabulary = check_checkpoints(self.folders)
         adapters = [(folder / "adapter_config.json").is_file() for folder in self.folders]
         if arguments.lora_only and not all(adapters):
             raise ValueError(f"--lora-only: {self.folders[adapters.index(False)]} holds no adapter")
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.zeros((), device=device).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        many = arguments.device in (None, "cuda") and torch.cuda.is_available()
+        self.device = device_of(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if many else arguments.device)
         self.loss = loss_of(arguments)
         check_loss(self.loss, arguments.data)
         self.watch.say("reading the data")
@@ -137,6 +133,8 @@ class _Measurement:
             vocabulary=vocabulary,
             seed=arguments.seed,
         )
+        if arguments.reference is not None and not self.data.needs_reference:
+            raise ValueError(f"--reference: loss {self.loss.name!r} asks none on {arguments.data}")
         parts = arguments.parts.split(",")
         wanted = ["whole", "positive", "negative", "rest"]
         if "thirds" in parts:
@@ -171,21 +169,14 @@ class _Measurement:
         if self.data.needs_reference and own:
             self._refer()
         written = self.output / f"points-{self.rank}.jsonl"
-        if written.exists():
-            # what a kill cut short would spoil the next line
-            written.with_suffix(".part").write_text("".join(_whole_lines(written)), encoding="utf-8")
-            os.replace(written.with_suffix(".part"), written)
+        whole.begin_lines(written)
         for index, folder in enumerate(own):
             self.watch.say(f"measuring {folder.name}", index / len(own))
             point = self._point(folder, targets) | {"predicted_bytes": predicted}
-            with written.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(point) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            left = len(own) - index - 1
-            whole = point["draws"][0]["g"]["whole"]
+            whole.add_line(written, point)
+            left, g = len(own) - index - 1, sum(point["draws"][0]["g"]["whole"].values())
             self._say(
-                f"{folder.name}: G {sum(whole.values()):.4g}, {point['seconds']:.0f} s"
+                f"{folder.name}: G {g:.4g}, {point['seconds']:.0f} s"
                 + (f"; about {left * point['seconds']:.0f} s to go" if left else ""),
                 every=True,
             )
@@ -216,7 +207,7 @@ class _Measurement:
         path = self.output / "settings.json"
         if not self.arguments.resume:
             self.output.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            whole.write_text(path, json.dumps(now, indent=1) + "\n")
             return
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in now.items():
@@ -225,15 +216,15 @@ class _Measurement:
                     f"--resume with another --{name.replace('_', '-')}: {value}, it began with {before.get(name)}"
                 )
 
-    def _load(self, folder: Path | str, whole: bool = False) -> Any:
-        """A checkpoint in eval mode; ``whole``: an adapter is merged whatever is measured."""
+    def _load(self, folder: Path | str, merged: bool = False) -> Any:
+        """A checkpoint in eval mode; ``merged``: an adapter is merged whatever is measured."""
         import torch
 
         from fused_po.cli.g_models import checkpointed
         from fused_po.trainers.loading import load_model
 
         dtype = getattr(torch, self.arguments.dtype)
-        if self.arguments.lora_only and not whole:
+        if self.arguments.lora_only and not merged:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32)
@@ -241,7 +232,7 @@ class _Measurement:
             # an adapter that was merged leaves all of it frozen
             model = load_model(str(folder), self.tokenizer, self.arguments.seed).requires_grad_(True)
         model = model.to(device=self.device, dtype=dtype).eval()
-        return checkpointed(model) if self.arguments.gradient_checkpointing and not whole else model
+        return checkpointed(model) if self.arguments.gradient_checkpointing and not merged else model
 
     def _final(self) -> list[list[Rollout]]:
         """D', a list for each draw; made by the first process, for all."""
@@ -254,7 +245,7 @@ class _Measurement:
         path = self.output / "final.jsonl"
         count = arguments.draws if arguments.final == "sampled" else 1
         if self.rank == 0 and not path.exists():
-            model, found = self._load(self.folders[-1], whole=True), []
+            model, found = self._load(self.folders[-1], merged=True), []
             prompts = self._prompts()
             for draw in range(count):
                 found += drawn(
@@ -269,9 +260,8 @@ class _Measurement:
                         "drawing D'", (draw + done / len(prompts)) / count
                     ),
                 )
-            # it appears whole
-            write_rollouts(path.with_suffix(".part"), found)
-            os.replace(path.with_suffix(".part"), path)
+            write_rollouts(whole.unfinished(path), found)
+            os.replace(whole.unfinished(path), path)
         while not path.exists():
             time.sleep(_LOOK)
         found = read_rollouts(path)
@@ -289,18 +279,14 @@ class _Measurement:
         from fused_po.cli.g_models import same_vocabulary
 
         self.watch.say("asking the reference")
-        model = self._load(self.arguments.reference or self.folders[0], whole=True)
+        model = self._load(self.arguments.reference or self.folders[0], merged=True)
         same_vocabulary(model, self.vocabulary)
         self.data.refer(model)
 
     def _target(self, rollouts: list[Rollout]) -> Any:
-        from fused_po.cli.g_data import on_device
-        from fused_po.diagnostics.rollouts import rollout_examples
-
         # answers without a token have none that is likely or not
         kept = [replace(one, mask=None) for one in rollouts if one.answer_ids]
-        found = rollout_examples(kept, self.data.pad, batch_size=self.arguments.batch_size)
-        return [on_device(one, self.device) for one in found]
+        return [one.to(self.device) for one in self._target_shapes(kept)]
 
     def _predict(self) -> int:
         from fused_po.cli.g_models import predicted
@@ -358,11 +344,6 @@ def read_points(output: Path) -> list[dict[str, Any]]:
     """What has been measured; a last line that a kill cut short is not there."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(output.glob("points-*.jsonl")):
-        for line in _whole_lines(path):
-            point = json.loads(line)
+        for point in whole.json_lines(path):
             found[point["checkpoint"]] = point
     return list(found.values())
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -7,22 +7,25 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_po.diagnostics.examples import Examples
 from fused_po.diagnostics.rollouts import Rollout, at_step, is_rollouts, read_rollouts, rollout_examples
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
-from fused_po.trainers.batches import collate, mismatched
+from fused_po.trainers.answers import answers_to
+from fused_po.trainers.batches import answers_of, collate, mismatched
 from fused_po.trainers.data import load_preferences
 from fused_po.trainers.model import token_stats_of
-from fused_po.trainers.preferences import check_trainable, learns_single
+from fused_po.trainers.preferences import check_trainable, learns_single, reads_reference, side_inputs_of
+from fused_po.trainers.references import keep_reference
 
-__all__ = ["Data", "answers_of_file", "check_loss", "drawn", "load", "on_device"]
+__all__ = ["Data", "answers_of_file", "check_loss", "drawn", "load"]
 
 # side inputs that a file of rollouts holds
 _OF_ROLLOUTS = frozenset({"advantage", "old_logp", "ref_logp"})
@@ -50,52 +53,38 @@ class Data:
     @property
     def needs_reference(self) -> bool:
         """Whether a reference model has to be asked."""
-        return self.rows is not None and bool(self.loss.needs & {"ref_logp", "old_logp", "kl"})
+        return self.rows is not None and reads_reference(self.loss)
 
-    def refer(self, model: nn.Module, advance: Callable[[], Any] = lambda: None) -> None:
+    def refer(self, model: nn.Module) -> None:
         """Keep the reference's log-probs of each answer beside its row."""
         assert self.rows is not None
         if "kl" in self.loss.needs:
             self.rows = [row | mismatched(self.rows, place) for place, row in enumerate(self.rows)]
-        for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
-            for rows in self._cut(self.rows):
-                logp, keep = self._logp(model, rows, prefix)
-                found = [one[mask].tolist() for one, mask in zip(logp, keep, strict=True)]
-                for index, row in enumerate(rows):
-                    row[f"{prefix}ref"] = found[index :: len(rows)]
-                advance()
+        for rows in self._cut(self.rows):
+            keep_reference(rows, self.pad, partial(_log_probs, model))
 
     def examples(self, model: nn.Module, step: int) -> list[Examples]:
         """D at a checkpoint: rollouts that its policy drew, or the preferences."""
         if self.rollouts is not None:
             chosen = at_step(self.rollouts, step)
             found = rollout_examples(chosen, self.pad, self.loss.needs, batch_size=self.batch_size)
-            return [on_device(one, _device(model)) for one in found]
+            return [one.to(_device(model)) for one in found]
         assert self.rows is not None
-        shift, batches = self._shift(model), []
-        for rows in self._cut(self.rows):
-            batch = collate(rows, self.pad)
-            made = {"advantage": batch["signs"].float(), "desirable": batch["signs"] > 0, **shift}
-            made |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            side = {name: value for name, value in made.items() if name in self.loss.needs}
-            batches.append(on_device(Examples(inputs, batch["labels"], side), _device(model)))
-        return batches
+        shift = self._shift(model)
+        return [self._examples(collate(rows, self.pad), shift).to(_device(model)) for rows in self._cut(self.rows)]
 
     def shapes(self) -> list[Examples]:
         """D with made-up numbers, for a prediction."""
         if self.rollouts is not None:
             return rollout_examples(self.rollouts, self.pad, self.loss.needs, batch_size=self.batch_size)
         assert self.rows is not None
-        found = []
-        for rows in self._cut(self.rows):
-            batch = collate(rows, self.pad)
-            count = len(batch["signs"])
-            made = {"advantage": torch.ones(count), "desirable": batch["signs"] > 0, "kl": torch.zeros(())}
-            made |= {name: torch.zeros(batch["labels"].shape) for name in ("ref_logp", "old_logp")}
-            side = {name: value for name, value in made.items() if name in self.loss.needs}
-            found.append(Examples({n: batch[n] for n in ("input_ids", "attention_mask")}, batch["labels"], side))
-        return found
+        shift: dict[str, Tensor] = {"kl": torch.zeros(())} if "kl" in self.loss.needs else {}
+        batches = [collate(rows, self.pad) for rows in self._cut(self.rows)]
+        return [self._examples(one | {"ref_logp": torch.zeros(one["labels"].shape)}, shift) for one in batches]
+
+    def _examples(self, batch: Mapping[str, Tensor], shift: dict[str, Tensor]) -> Examples:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return Examples(inputs, batch["labels"], side_inputs_of(self.loss, batch) | shift)
 
     def _cut(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """Batches of about as many answers as were asked for, of rows of about one length."""
@@ -103,28 +92,18 @@ class Data:
         ordered = sorted(rows, key=lambda row: max(map(len, row["ids"])))
         return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
-    def _shift(self, model: nn.Module) -> dict[str, Any]:
+    def _shift(self, model: nn.Module) -> dict[str, Tensor]:
         """KTO's reference point at the policy, over the whole of D."""
         if "kl" not in self.loss.needs:
             return {}
         assert self.rows is not None
         total, count = 0.0, 0
         for rows in self._cut(self.rows):
-            logp, _ = self._logp(model, rows, "other_")
             batch = collate(rows, self.pad, "other_")
+            logp = _log_probs(model, batch, "other_").cpu()
             total += (logp.double() - batch["other_ref_logp"]).sum().item()
             count += len(logp)
         return {"kl": torch.tensor(max(total / count, 0.0))}
-
-    def _logp(self, model: nn.Module, rows: Sequence[dict[str, Any]], prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the answers' tokens, and which positions hold one."""
-        batch = {name: value.to(_device(model)) for name, value in collate(rows, self.pad, prefix).items()}
-        inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-        targets = batch[f"{prefix}labels"]
-        with torch.no_grad():
-            logp = token_stats_of(model, inputs, targets).logp
-        assert logp is not None
-        return logp.float().cpu(), (targets >= 0).cpu()
 
 
 def check_loss(loss: Loss, source: str) -> None:
@@ -189,7 +168,6 @@ def _once(prompts: Sequence[list[int]]) -> list[list[int]]:
     return [list(one) for one in dict.fromkeys(map(tuple, prompts)) if one]
 
 
-@torch.no_grad()
 def drawn(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -202,21 +180,12 @@ def drawn(
     advance: Callable[[int], Any] = lambda done: None,
 ) -> list[Rollout]:
     """Answers of a model to prompts: greedy, or sampled from the model's own distribution at temperature 1."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     found: list[Rollout] = []
     torch.manual_seed(seed)
-    options = {"do_sample": sampled, "max_new_tokens": longest, "pad_token_id": pad, "num_beams": 1}
-    options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
     for first in range(0, len(prompts), batch_size):
         rows = prompts[first : first + batch_size]
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=_device(model))
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=_device(model))
-        answers = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
-        for row, answer in zip(rows, answers.tolist(), strict=True):
-            end = tokenizer.eos_token_id
-            kept = answer[: answer.index(end) + 1] if end in answer else answer
-            found.append(Rollout(list(row), kept))
+        answers = answers_to(model, rows, tokenizer, longest, sampled=sampled)
+        found += [Rollout(list(row), answer) for row, answer in zip(rows, answers, strict=True)]
         advance(len(found))
     return found
 
@@ -239,22 +208,25 @@ def answers_of_file(path: str, tokenizer: Any, max_length: int, vocabulary: int)
         raise ValueError(f"--final {path}: each line wants prompt and completion, or prompt_ids and answer_ids")
     with tempfile.TemporaryDirectory() as folder:
         labelled = Path(folder) / Path(path).name
-        labelled.write_text("".join(json.dumps(row | {"label": True}) + "\n" for row in rows), encoding="utf-8")
+        # blank lines stay, for rows are named by their number
+        given = (json.dumps(row | {"label": True}) for row in rows)
+        labelled.write_text("\n".join(next(given) if line.strip() else "" for line in lines), encoding="utf-8")
         options: Mapping[str, Any] = {"single": True, "max_length": max_length, "vocabulary": vocabulary}
-        found = load_preferences(str(labelled), tokenizer, **options)
-        return [
-            Rollout(row["ids"][0][: row["starts"][0]], row["ids"][0][row["starts"][0] :]) for row in list(found.rows)
-        ]
+        try:
+            found = load_preferences(str(labelled), tokenizer, **options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(labelled), f"--final {path}")) from None
+        return [Rollout(prompt, answer) for prompt, answer in answers_of(list(found.rows))]
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def on_device(examples: Examples, device: torch.device) -> Examples:
-    """Examples with all tensors there."""
-
-    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value.to(device) for name, value in values.items()}
-
-    return Examples(moved(examples.inputs), examples.labels.to(device), moved(examples.side_inputs))
+@torch.no_grad()
+def _log_probs(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """Of the answers' tokens, (B, S - 1)."""
+    inputs = {name: batch[prefix + name].to(_device(model)) for name in ("input_ids", "attention_mask")}
+    logp = token_stats_of(model, inputs, batch[f"{prefix}labels"].to(_device(model))).logp
+    assert logp is not None
+    return logp

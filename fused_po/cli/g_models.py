@@ -18,6 +18,7 @@ from fused_po.diagnostics.gradients import trained
 from fused_po.diagnostics.paper import predict_alignment
 from fused_po.diagnostics.parts import independent
 from fused_po.losses import Loss
+from fused_po.trainers.loading import device_of
 from fused_po.trainers.model import token_stats_of
 
 __all__ = ["checkpointed", "counted", "forecast", "predicted", "same_vocabulary"]
@@ -54,7 +55,7 @@ def predicted(
         model = _with_adapter(model, folder)
     model = model.eval()
     model = checkpointed(model) if arguments.gradient_checkpointing else model
-    on = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = device_of(arguments.device)
     found = predict_alignment(model, data.shapes(), data.loss, target, device=on.type, **options)
     gib = 1 << 30
     text = f"memory at the peak: {found.peak / gib:.2f} GiB of tensors, {found.model / gib:.2f} of them the model"

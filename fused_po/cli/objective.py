@@ -25,6 +25,8 @@ def split_of(arguments: argparse.Namespace) -> Any:
     from fused_po import splits
 
     if arguments.split is None:
+        if arguments.split_arg:
+            raise ValueError("--split-arg wants --split")
         return None
     presets = {name: getattr(splits, name) for name in splits.__all__}
     presets = {name: make for name, make in presets.items() if make.__annotations__.get("return") == "Split"}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from fused_po.pictures import png
 from fused_po.trainers import whole
 
 __all__ = ["Bar", "Report", "plot", "rows"]
@@ -97,15 +98,12 @@ def rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(found: Sequence[dict[str, Any]], image: Path, title: str) -> None:
     """Draw loss, reward accuracy and margin over the steps, training and held-out, if there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     if not found:
         return
-    figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
-    for axis, (name, label) in zip(axes, _PANELS.items(), strict=True):
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         for split, style in (("train", "-"), ("eval", "o-")):
             points = [(row["step"], row[name]) for row in found if row["split"] == split and name in row]
             if points:
@@ -115,8 +113,7 @@ def plot(found: Sequence[dict[str, Any]], image: Path, title: str) -> None:
         if axis.lines:
             axis.legend()
     figure.suptitle(title)
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
+    image.write_bytes(png(figure))
 
 
 def _words(numbers: dict[str, Any], accuracy: bool = False) -> str:

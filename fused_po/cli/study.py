@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.cli import study_real
-from fused_po.cli.arguments import positive
+from fused_po.cli.arguments import INTERRUPTED, command_of, positive
 from fused_po.cli.progress import Watch, watched
 from fused_po.cli.seeds import run_all
 
@@ -75,13 +74,34 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         with watched("loading torch", total=1.0) as watch:
-            if arguments.data is not None or any((folder / "study.json").exists() for folder in arguments.pool):
-                return study_real.run(arguments, watch)
-            return _studied(arguments, watch)
+            real = arguments.data is not None or any((folder / "study.json").exists() for folder in arguments.pool)
+            _check_flags(arguments, real)
+            return (study_real.run if real else _studied)(arguments, watch)
     except KeyboardInterrupt:
         words = f"seeds that had ended are kept in {arguments.output}, and the same command goes on with the rest"
         print(f"fused-po: interrupted; {words}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+def _check_flags(arguments: argparse.Namespace, real: bool) -> None:
+    """Whether all flags that were given are of this kind of study.
+
+    Raises:
+        ValueError: one is not.
+    """
+    from fused_po.study.real_settings import RealSettings
+    from fused_po.study.settings import Settings
+
+    of_small, of_real = ({one.name for one in fields(kind)} for kind in (Settings, RealSettings))
+    of_small, of_real = of_small | {"quick", "workers"}, of_real | {"method", "arms", "plan"}
+    wrong, why = of_real - of_small, "of a study on a pretrained model: it wants --data"
+    if real:
+        wrong, why = of_small - of_real, "not of a study on a pretrained model"
+    if real and arguments.data is None:
+        wrong, why = of_small | of_real, "not of a report that --pool makes without --data"
+    for name, value in vars(arguments).items():
+        if name in wrong and value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} is {why}")
 
 
 @dataclass(frozen=True)
@@ -101,14 +121,15 @@ class _Work:
 
 def _studied(arguments: argparse.Namespace, watch: Watch) -> int:
     # torch and transformers take seconds to import; a wrong argument should not
-    from fused_po.study.run import Results, check, total_updates
+    from fused_po.study.run import Results, total_updates
     from fused_po.study.settings import FIRST_SEED, QUICK, SEEDS, Settings
     from fused_po.study.store import Store
+    from fused_po.trainers.loading import device_of
 
     known = {one.name for one in fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in known}
     settings = Settings(**((QUICK if arguments.quick else {}) | given))
-    check(settings)
+    device_of(settings.device)
     kept = asdict(settings)
     pool = [Store(folder, kept) for folder in arguments.pool]
     for one in pool:
@@ -145,7 +166,8 @@ def _studied(arguments: argparse.Namespace, watch: Watch) -> int:
         results.bins.sort(key=lambda bar: bar.seed)
         write_results(results, arguments.output)
         said = {seed: str(failures[seed]) for seed in sorted(failures)}
-        words = about(settings, sorted(taken), _command(arguments), seconds, arguments.quick, not last)
+        command = command_of(arguments, "workers", "pool")
+        words = about(settings, sorted(taken), command, seconds, arguments.quick, not last)
         return write_report(results, words, arguments.output, said)
 
     crew = min(workers, max(1, len(missing)))
@@ -175,13 +197,3 @@ def _say(findings: Sequence[Any], output: Path) -> None:
         print(f"{one.verdict:>14}: {one.claim.text} ({one.text})")
     print(result(findings, len(tested[0].values)).replace("*", ""))
     print(f"wrote {output}/report.html, report.md, plots/ and CSV")
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command line that repeats the study, whatever the folder."""
-    words = ["fused-po", "study"]
-    for name, value in vars(arguments).items():
-        if name in ("command", "run", "rest", "output", "workers", "pool") or value is False or value is None:
-            continue
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join([*words, "--output", "DIR"])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fused_po.cli.arguments import positive
+from fused_po.cli.arguments import INTERRUPTED, command_of, positive
 from fused_po.cli.progress import Watch
 
 __all__ = ["add_flags", "run"]
 
-INTERRUPTED = 130
 # of a pretrained model: what its seeds differ in is the order of rows, adapters and what is drawn
 SEEDS = 3
 
@@ -191,19 +189,8 @@ def _report(folders: list[Path], arguments: argparse.Namespace) -> None:
     from fused_po.study.real_report import write_real_report
 
     output: Path = arguments.output
-    print(write_real_report(pooled(folders), output, _command(arguments)))
+    print(write_real_report(pooled(folders), output, command_of(arguments)))
     print(f"wrote {output}/report.html, report.md, plots/, win_rates.json and points.csv")
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command line that makes the report again, whatever the folder."""
-    words = ["fused-po", "study"]
-    for name, value in vars(arguments).items():
-        if name in ("command", "run", "output", "workers", "rest") or value in (None, False, []):
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else list(map(str, values)))
-    return shlex.join([*words, "--output", "DIR"])
 
 
 def _quiet() -> None:

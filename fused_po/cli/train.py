@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_po.cli.arguments import positive
+from fused_po.cli.arguments import INTERRUPTED, positive
 from fused_po.cli.objective import loss_of, split_of
 
 __all__ = ["add_parser", "with_config"]
 
-INTERRUPTED = 130
 _DATA = Path(__file__).parents[1] / "data"
 # what must not change between a run and its continuation, of our flags and of the engine's arguments
 _FIXED = (
@@ -123,10 +122,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.eval_data = arguments.eval_data or str(_DATA / "preferences_eval.jsonl")
     if arguments.output_dir is None:
         raise ValueError("--output is wanted: a new or empty folder")
-    if arguments.compare and arguments.dtype != "float32":
-        raise ValueError(
-            "--compare needs --dtype float32: in bfloat16 the plain path rounds its logits and must differ"
-        )
     output: Path = arguments.output_dir
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; --output wants a folder")
@@ -134,11 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"nothing to resume: {output} holds no run")
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} exists and is not empty: choose another folder, or --resume to continue in it")
-    try:
-        # torch and transformers take seconds to import; a wrong argument should not
-        return _train(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    # torch and transformers take seconds to import; a wrong argument should not
+    return _train(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -177,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
     kind: Any = PreferenceTrainer
     if arguments.compare:
         if args.bf16 or args.fp16:
-            raise ValueError("--compare needs float32: neither --bf16 nor --fp16")
+            raise ValueError("--compare needs float32: in 16 bits the plain path rounds its logits and must differ")
         if args.world_size > 1 or args.gradient_accumulation_steps > 1 or split is not None:
             raise ValueError("--compare takes one process, --gradient-accumulation-steps 1 and no --split")
         from fused_po.cli.compare import ComparedTrainer as kind
@@ -227,20 +219,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> Any:
     """transformers' ``TrainingArguments``: ours by its names, and what the command line says in them itself."""
-    import torch
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.utils import logging
+
+    from fused_po.trainers.loading import device_of
 
     # the run has words and a bar of its own
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.zeros((), device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = device_of(arguments.device)
     if kind.index:
-        raise ValueError(f"--device {device}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
+        raise ValueError(f"--device {kind}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
     named = [one.partition("=")[0].removeprefix("--").replace("-", "_") for one in arguments.rest]
     for name in named:
         if name in arguments.flags:

@@ -63,13 +63,13 @@ def alignment_over_checkpoints(
         require_examples("batches (D)", batches)
         for examples in batches:
             loss.check(frozenset(examples.side_inputs))
-    moved = [_to(examples, device) for examples in target]
+    moved = [examples.to(device) for examples in target]
     found = {}
     for folder in folders:
         model = (load or _load)(folder).to(device).eval()
         given = batches(model, folder) if callable(batches) else batches
         require_examples("batches (D)", given)
-        found[folder] = gradient_alignment(model, [_to(one, device) for one in given], loss, moved, **options)
+        found[folder] = gradient_alignment(model, [one.to(device) for one in given], loss, moved, **options)
     return found
 
 
@@ -166,12 +166,3 @@ def _load(folder: Path) -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
-
-
-def _to(examples: Examples, device: str | torch.device) -> Examples:
-    """Tensors on a device; what is no tensor stays."""
-
-    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value.to(device) if hasattr(value, "to") else value for name, value in values.items()}
-
-    return Examples(moved(examples.inputs), examples.labels.to(device), moved(examples.side_inputs))

@@ -49,6 +49,14 @@ class Examples:
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "side_inputs", {} if side_inputs is None else side_inputs)
 
+    def to(self, device: str | torch.device) -> Examples:
+        """The same on a device; what is no tensor stays as it is."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value.to(device) if hasattr(value, "to") else value for name, value in values.items()}
+
+        return Examples(moved(self.inputs), self.labels.to(device), moved(self.side_inputs))
+
 
 @dataclass(frozen=True)
 class Joined:

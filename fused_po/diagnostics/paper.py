@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from fused_po.losses.contract import Loss
 from fused_po.ops.devices import planned_for
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["AlignmentPrediction", "predict_alignment"]
+__all__ = ["AlignmentPrediction", "fused_attention", "predict_alignment"]
 
 # whatever their number, parts are measured one after the other
 FEW = ("positive", "negative")
@@ -71,8 +71,8 @@ def predict_alignment(
     if any(not p.is_meta for p in model.parameters()):
         raise ValueError('the model must be on "meta": a prediction has no use for values')
     kept = {name: value for name, value in options.items() if name in ("method", "cosine", "reduction")}
-    largest = [_shapes(max(given, key=lambda one: one.labels.numel())) for given in (batches, target)]
-    with planned_for(torch.device(device).type), warnings.catch_warnings(), record() as ledger, _fused_attention():
+    largest = [max(given, key=lambda one: one.labels.numel()).to("meta") for given in (batches, target)]
+    with planned_for(torch.device(device).type), warnings.catch_warnings(), record() as ledger, fused_attention():
         # of numbers that are not there
         warnings.simplefilter("ignore")
         stats = partial(token_stats_of, check=False)
@@ -82,16 +82,9 @@ def predict_alignment(
     return AlignmentPrediction(sum(one.numel() * one.element_size() for one in held), ledger.peak + blocks)
 
 
-def _shapes(examples: Examples) -> Examples:
-    def on_paper(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
-
-    return Examples(on_paper(examples.inputs), examples.labels.to("meta"), on_paper(examples.side_inputs))
-
-
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention of torch as its fused kernels take memory: output and a normaliser of each row.
+def fused_attention() -> Iterator[None]:
+    """Attention of torch on tensors without values as its fused kernels take memory: output and a normaliser a row.
 
     A mode would not do: layers that are run again in the backward are outside of it.
     """

@@ -31,7 +31,7 @@ def row_stats(x: Tensor, labels: Tensor, transform: Transform, span: Span, outpu
     buffers = _Buffers(x, span.width)
     for rows in _blocks(x):
         z, _ = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=False)
-        partials[:, rows] = _sweep(z, labels[rows] - span.start, outputs, buffers)[0]
+        partials[:, rows] = _sweep(z, labels[rows] - span.start, *_places(labels[rows], span), outputs, buffers)[0]
     return partials
 
 
@@ -42,10 +42,9 @@ def row_softmax(
     partials = _new_partials(x)
     buffers = _Buffers(x, span.width, out)
     for rows in _blocks(x):
-        local = labels[rows] - span.start  # (R,)
         z, slope = _logits(x[rows, : span.width], transform, rows, buffers, keep_slope=True)
         here, column = _places(labels[rows], span)
-        found, others = _sweep(z, local, outputs, buffers)
+        found, others = _sweep(z, labels[rows] - span.start, here, column, outputs, buffers)
         partials[:, rows] = found
         top, total, target = found[:3]  # (R,) each
         margin = (top - target) + total.log()
@@ -247,13 +246,12 @@ def _shares(z: Tensor, out: Tensor | None, buffers: _Buffers) -> tuple[Tensor, T
     return p, top, torch.where(odd, 1.0, p.amax(1))
 
 
-def _sweep(z: Tensor, local: Tensor, outputs: tuple[str, ...], buffers: _Buffers) -> tuple[Tensor, Tensor]:
+def _sweep(
+    z: Tensor, local: Tensor, here: Tensor, column: Tensor, outputs: tuple[str, ...], buffers: _Buffers
+) -> tuple[Tensor, Tensor]:
     """Partials (7, R) of a block, and the softmax (R, V) over its classes other than the target; z is changed."""
-    count, width = z.shape
-    here = (local >= 0) & (local < width)
-    column = local.clamp(0, width - 1).unsqueeze(1)
     at_column = z.gather(1, column).squeeze(1)
-    partials = z.new_zeros(len(PARTIALS), count)
+    partials = z.new_zeros(len(PARTIALS), z.shape[0])
     if "mean_logit" in outputs:
         partials[5] = z.sum(1)
     z.scatter_(1, column, torch.where(here, -torch.inf, at_column).unsqueeze(1))

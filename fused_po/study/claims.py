@@ -62,11 +62,6 @@ class Curves:
         """
         return self._arrays[method, arm, metric]
 
-    def curve(self, seed: int, method: str, metric: str, arm: str = "full") -> dict[int, float]:
-        """step -> value of one seed."""
-        row = self.array(method, metric, arm)[self.seeds.index(seed)]
-        return dict(zip(self.steps(method, metric, arm), row.tolist(), strict=True))
-
 
 def mean_of(values: ndarray) -> ndarray:
     """The mean over the last axis of what is defined; NaN where nothing is."""

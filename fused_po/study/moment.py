@@ -7,7 +7,6 @@ error of a step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,12 @@ from fused_po.losses import Loss
 from fused_po.study.estimates import ratio
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["GROUPS", "POSITIONS", "SIDES", "THIRDS", "Moment", "Tokens", "nll_gradient", "successive"]
+__all__ = ["POSITIONS", "SIDES", "THIRDS", "Moment", "Tokens", "nll_gradient", "successive"]
 
 SIDES = {"positive": 1, "negative": -1}
 # of the tokens or answers of a side by the loss's own weight, and of an answer's tokens by their place in it
 THIRDS = ("top", "middle", "bottom")
 POSITIONS = ("first", "middle", "last")
-# (side, third, position) of every group of tokens
-GROUPS = tuple(itertools.product(SIDES, THIRDS, POSITIONS))
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,7 @@ def legend(axis: Any) -> None:
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
-def grid(
-    canvas: Any,
-    curves: Curves,
-    panels: Sequence[tuple[str, Lines]],
-    zero: bool = False,
-    logarithmic: Sequence[str] = (),
-) -> None:
+def grid(canvas: Any, curves: Curves, panels: Sequence[tuple[str, Lines]], zero: bool = False) -> None:
     """A row for each method, a column for each panel (label of its axis, its lines).
 
     Raises:

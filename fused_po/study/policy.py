@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_po.study.task import ALPHABET, Prompt
+from fused_po.trainers.answers import answers_to
 from fused_po.trainers.batches import AnswerBatch, pad_answers
 from fused_po.trainers.model import token_stats_of
 
@@ -93,35 +94,14 @@ def new_model(tokenizer: Any, hidden_size: int, layers: int, seed: int) -> Any:
     )
 
 
-@torch.no_grad()
 def sample(
     model: Any, language: Language, prompts: Sequence[Prompt], max_tokens: int, greedy: bool = False
 ) -> list[Sample]:
     """An answer to each prompt, drawn at temperature 1, or of the likeliest tokens."""
-    tokenizer, device = language.tokenizer, next(model.parameters()).device
     rows = [language.prompt(prompt) for prompt in prompts]
-    width = max(map(len, rows))
-    # on the left, so that all answers begin in the same column
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    training = model.training
-    model.eval()
-    drawing = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    drawn = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        **drawing,
-        max_new_tokens=max_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model.train(training)
-    found = []
-    for prompt, row in zip(prompts, drawn[:, width:].tolist(), strict=True):
-        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-        found.append(Sample(prompt, row[: end + 1], text))
-    return found
+    drawn = answers_to(model, rows, language.tokenizer, max_tokens, sampled=not greedy)
+    texts = (language.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn)
+    return [Sample(*one) for one in zip(prompts, drawn, texts, strict=True)]
 
 
 def token_logp(model: nn.Module, batch: AnswerBatch) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.trainers.data import PreferenceError, checked_rows
+from fused_po.trainers.whole import write_text
 
 __all__ = ["Pairs", "last_words", "read_pairs", "words_of"]
 
@@ -34,7 +35,7 @@ class Pairs:
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in (("train", self.train), ("held_out", self.held_out)):
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            write_text(folder / f"{name}.jsonl", lines)
 
 
 def read_pairs(source: str, held_out: int, eval_source: str | None = None, template: bool = True) -> Pairs:

@@ -17,10 +17,11 @@ import torch
 from fused_po import advantages
 from fused_po.diagnostics import Examples, gradient_alignment
 from fused_po.study.real_measure import columns_of
-from fused_po.study.real_model import Speaker, answers, autocast, examples_of, load
+from fused_po.study.real_model import Answer, Speaker, answers, autocast, examples_of, load
 from fused_po.study.real_reward import Reward
 from fused_po.study.real_settings import RealSettings
 from fused_po.study.real_train import loss_of
+from fused_po.trainers.batches import answers_of
 
 __all__ = ["g_of_run"]
 
@@ -61,11 +62,9 @@ def g_of_run(
     with autocast(device, settings.dtype or "float32"):
         said = answers(final, speaker, asked, sampled=settings.final == "sampled", seed=seed)
     del final
-    target = _batches(
-        [examples_of([(a.prompt_ids, a.ids) for a in part], pad) for part in _cut(said, settings)], device
-    )
+    target = [_examples(part, pad).to(device) for part in _cut(said, settings)]
     loss = loss_of(method, settings)
-    fixed = None if method != "dpo" else _batches(_pair_batches(settings, seed, pairs, references, pad), device)
+    fixed = None if method != "dpo" else _pair_batches(settings, seed, pairs, references, pad)
     for step in wanted:
         gc.collect()
         model = of(step)
@@ -92,13 +91,9 @@ def _pair_batches(
     batches = []
     for first in range(0, count, size):
         rows = [chosen[index] for index in range(first, min(first + size, count))]
-        split = [
-            (row["ids"][side][: row["starts"][side]], row["ids"][side][row["starts"][side] :])
-            for side in (0, 1)
-            for row in rows
-        ]
         numbers = [found[first + index][side] for side in (0, 1) for index in range(len(rows))]
-        batches.append(examples_of(split, pad, {"ref_logp": torch.tensor(numbers, dtype=torch.float64)}))
+        side_inputs = {"ref_logp": torch.tensor(numbers, dtype=torch.float64)}
+        batches.append(examples_of(answers_of(rows), pad, side_inputs).to(settings.device or "cpu"))
     return batches
 
 
@@ -123,23 +118,15 @@ def _rollouts(
         said = answers(model, speaker, asked, seed=seed)
     worth = reward([a.prompt for a in said], [a.said for a in said], columns_of([a.row for a in said]))
     advantage = advantages.group_relative(torch.tensor(worth), num_generations=generations)
-    pad, size, batches = speaker.tokenizer.pad_token_id, settings.micro_batch, []
-    for first in range(0, len(said), size):
-        rows = [(a.prompt_ids, a.ids) for a in said[first : first + size]]
-        batches.append(examples_of(rows, pad, {"advantage": advantage[first : first + size]}))
-    return _batches(batches, device) if bool((advantage != 0).any()) else []
+    if not bool((advantage != 0).any()):
+        return []
+    pad, parts = speaker.tokenizer.pad_token_id, zip(_cut(said, settings), _cut(advantage, settings), strict=True)
+    return [_examples(part, pad, {"advantage": own}).to(device) for part, own in parts]
 
 
-def _cut(said: Sequence[Any], settings: RealSettings) -> list[Sequence[Any]]:
+def _examples(said: Sequence[Answer], pad: int, side_inputs: Mapping[str, Any] | None = None) -> Examples:
+    return examples_of([(one.prompt_ids, one.ids) for one in said], pad, side_inputs)
+
+
+def _cut(said: Any, settings: RealSettings) -> list[Any]:
     return [said[first : first + settings.micro_batch] for first in range(0, len(said), settings.micro_batch)]
-
-
-def _batches(batches: Sequence[Examples], device: str) -> list[Examples]:
-    return [
-        Examples(
-            {name: value.to(device) for name, value in one.inputs.items()},
-            one.labels.to(device),
-            {name: value.to(device) for name, value in one.side_inputs.items()},
-        )
-        for one in batches
-    ]

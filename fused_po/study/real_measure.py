@@ -21,12 +21,11 @@ from fused_po.study.real_data import last_words, words_of
 from fused_po.study.real_model import Answer, Speaker, answers, autocast
 from fused_po.study.real_reward import Judge, Reward, wins
 from fused_po.study.real_settings import RealSettings
-from fused_po.trainers.batches import AnswerBatch, pad_answers
+from fused_po.trainers import whole
+from fused_po.trainers.batches import AnswerBatch, answers_of, pad_answers
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["Measure", "columns_of", "interval", "read_json_lines", "write_outputs"]
-
-Row = tuple[list[int], list[int]]
+__all__ = ["Measure", "columns_of", "interval", "write_outputs"]
 
 
 @dataclass
@@ -84,9 +83,9 @@ class Measure:
             }
             for index, one in enumerate(said)
         ]
-        kept = [line for line in read_json_lines(folder / "answers.jsonl") if line["step"] != step]
+        kept = [line for line in whole.json_lines(folder / "answers.jsonl") if line["step"] != step]
         text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in [*kept, *lines])
-        (folder / "answers.jsonl").write_text(text, encoding="utf-8")
+        whole.write_text(folder / "answers.jsonl", text)
         write_outputs(folder, said, name)
         return found
 
@@ -135,15 +134,10 @@ class Measure:
         found = []
         for first in range(0, len(rows), size):
             block = [rows[index] for index in range(first, min(first + size, len(rows)))]
-            split: list[Row] = [
-                (row["ids"][side][: row["starts"][side]], row["ids"][side][row["starts"][side] :])
-                for side in (0, 1)
-                for row in block
-            ]
-            found.append(self._padded(split))
+            found.append(self._padded(answers_of(block)))
         return found
 
-    def _padded(self, rows: Sequence[Row]) -> AnswerBatch:
+    def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> AnswerBatch:
         return pad_answers(rows, self.speaker.tokenizer.pad_token_id).to(torch.device(self.settings.device or "cpu"))
 
     def _stats(self, model: Any, batch: AnswerBatch, outputs: tuple[str, ...]) -> Stats:
@@ -210,30 +204,13 @@ def write_outputs(folder: Path, said: Sequence[Answer], name: str) -> None:
     """``model_outputs.json`` in the format of AlpacaEval: a list of instruction, output and generator."""
     outputs = [{"instruction": last_words(one.prompt), "output": words_of(one.said), "generator": name} for one in said]
     text = json.dumps(outputs, ensure_ascii=False, indent=1)
-    (folder / "model_outputs.json").write_text(f"{text}\n", encoding="utf-8")
+    whole.write_text(folder / "model_outputs.json", f"{text}\n")
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The columns that all rows have, but the prompt."""
     known = set.intersection(*(set(row) for row in rows)) - {"prompt"}
     return {name: [row[name] for row in rows] for name in rows[0] if name in known}
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a last one that was cut off is left out, and so is a file that is not there.
-
-    Raises:
-        ValueError: another line is no JSON.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON") from None
-    return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fused_po.diagnostics import Examples
-from fused_po.diagnostics.paper import predict_alignment
+from fused_po.diagnostics.paper import fused_attention, predict_alignment
 from fused_po.ledger import record
 from fused_po.ops import linear_loss
 from fused_po.prices import Device
@@ -26,8 +25,6 @@ STATE = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.1, "p
 # of torch, the driver and fragments
 BESIDE = 2 * GIB
 SINGLE, HALF = 4, 2
-# as transformers knows the attention of a prediction
-_ATTENTION = "fused_po_paper"
 
 
 @dataclass(frozen=True)
@@ -123,32 +120,16 @@ def _model(settings: RealSettings, config: Any) -> tuple[Any, Any]:
     """The model without values, and what says how large its cache is."""
     from transformers import AutoModelForCausalLM
 
-    half = settings.dtype != "float32"
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     # a model writes its attention into its config
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32)
-        model.set_attn_implementation(_ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if settings.lora is not None:
             from fused_po.trainers.loading import add_adapter
 
             model = add_adapter(model, settings.lora, 0)
     return model, config.get_text_config()
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None = None, **options: Any
-) -> tuple[Tensor, None]:
-    """As kernels of a GPU do it, without a table of all pairs of tokens: (B, heads, S, D) -> (B, S, heads, D). Torch's
-    own on tensors without values would make that table.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (key, value))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2).contiguous(), None
 
 
 def _step(model: Any, settings: RealSettings, method: str, on: Device | None) -> tuple[int, float]:
@@ -164,7 +145,7 @@ def _step(model: Any, settings: RealSettings, method: str, on: Device | None) ->
     side: dict[str, Any] = {"ref_logp": torch.empty(rows, device=device)}
     if method != "dpo":
         side = {"advantage": torch.empty(rows, device=device), "old_logp": torch.empty(ids[:, 1:].shape, device=device)}
-    with record() as ledger:
+    with record() as ledger, fused_attention():
         hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weight = inner.get_output_embeddings().weight
         linear_loss(hidden[:, :-1], weight, ids[:, 1:], loss_of(method, settings), **side).loss.backward()

@@ -12,7 +12,9 @@ import torch
 
 from fused_po.diagnostics import Examples
 from fused_po.trainers import loading
+from fused_po.trainers.answers import answers_to
 from fused_po.trainers.batches import pad_answers
+from fused_po.trainers.data import renderer
 
 __all__ = ["Answer", "Speaker", "answers", "autocast", "examples_of", "load"]
 
@@ -57,14 +59,15 @@ class Speaker:
     max_new_tokens: int
     rows: int = 16
 
-    def encode(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt."""
+    def encode(self, row: Mapping[str, Any]) -> list[int]:
+        """Token ids of the prompt of a row of the data."""
+        prompt = row["prompt"]
         if isinstance(prompt, str):
             ids = list(self.tokenizer(prompt)["input_ids"])
             # a tokenizer may end what it encodes; the answer comes behind that
             ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         else:
-            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            text = renderer(self.tokenizer, row)(prompt, add_generation_prompt=True)
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids[-self.max_prompt :]
 
@@ -93,39 +96,19 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
-@torch.no_grad()
 def answers(
     model: Any, speaker: Speaker, rows: Sequence[Mapping[str, Any]], *, sampled: bool = True, seed: int = 0
 ) -> list[Answer]:
     """An answer to the prompt of each row, at temperature 1 or greedily. The global generator is left as it was."""
-    tokenizer, device = speaker.tokenizer, next(model.parameters()).device
-    how: dict[str, Any] = {"do_sample": False}
-    if sampled:
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    training = model.training
-    model.eval()
-    found = []
+    tokenizer, found = speaker.tokenizer, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for part in _parts(rows, speaker.rows):
-            encoded = [speaker.encode(row["prompt"]) for row in part]
-            width = max(map(len, encoded))
-            # on the left, so that all answers begin in the same column
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in encoded], device=device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
-            drawn = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=speaker.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                **how,
-            )
-            for row, asked, said in zip(part, encoded, drawn[:, width:].tolist(), strict=True):
-                end = said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
-                text = tokenizer.decode(said[:end], skip_special_tokens=True)
-                found.append(Answer(row["prompt"], asked, said[: end + 1], text, row))
-    model.train(training)
+            encoded = [speaker.encode(row) for row in part]
+            drawn = answers_to(model, encoded, tokenizer, speaker.max_new_tokens, sampled=sampled)
+            for row, asked, said in zip(part, encoded, drawn, strict=True):
+                text = tokenizer.decode(said, skip_special_tokens=True)
+                found.append(Answer(row["prompt"], asked, said, text, row))
     return found
 
 

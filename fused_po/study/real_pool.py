@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fused_po.study.reading import reading
-from fused_po.study.real_measure import read_json_lines
 from fused_po.study.real_run import points_of
 from fused_po.study.real_settings import NAMES, arms_of
 from fused_po.study.run import Results
+from fused_po.trainers.whole import json_lines
 
 __all__ = ["Pool", "pooled"]
 
@@ -84,7 +84,7 @@ def pooled(folders: Sequence[Path]) -> Pool:
     for (seed, method, arm), run in sorted(found.items()):
         with reading(run):
             results.points += points_of(run)
-            lines = read_json_lines(run / "answers.jsonl")
+            lines = json_lines(run / "answers.jsonl")
             last = max((int(line["step"]) for line in lines), default=0)
             won = [float(line["win"]) for line in lines if line["step"] == last and line["win"] is not None]
         if won:

@@ -15,13 +15,13 @@ import fused_po
 from fused_po.study.reading import reading
 from fused_po.study.real_data import Pairs, read_pairs
 from fused_po.study.real_g import g_of_run
-from fused_po.study.real_measure import Measure, read_json_lines, write_outputs
+from fused_po.study.real_measure import Measure, write_outputs
 from fused_po.study.real_model import Speaker, load
 from fused_po.study.real_reward import load_judge, load_reward
 from fused_po.study.real_settings import NAMES, RealSettings, folder_of
 from fused_po.study.real_train import checkpoints, train
 from fused_po.study.run import Point
-from fused_po.trainers import loading
+from fused_po.trainers import loading, whole
 from fused_po.trainers.data import load_preferences, texts
 
 __all__ = ["RealStudy", "claim", "measured", "points_of"]
@@ -105,7 +105,12 @@ class RealStudy:
             say=lambda step: say(f"{name}: update {step} of {settings.steps}", TRAINING * step / settings.steps),
         )
         models = {0: None, **checkpoints(folder)}
-        write = _Writer(folder, seed, method, arm)
+        whole.begin_lines(folder / "points.jsonl")
+        run = {"seed": seed, "method": method, "arm": arm}
+
+        def write(step: int, values: dict[str, float]) -> None:
+            whole.add_line(folder / "points.jsonl", {**run, "step": step, "values": values})
+
         for index, step in enumerate(settings.due):
             say(f"{name}: measuring after update {step}", TRAINING + 0.2 * index / len(settings.due))
             if step in left:
@@ -145,20 +150,6 @@ class RealStudy:
         return numbers
 
 
-class _Writer:
-    """Numbers of a run, a line for what was measured at once."""
-
-    def __init__(self, folder: Path, seed: int, method: str, arm: str) -> None:
-        self._path, self._run = folder / "points.jsonl", {"seed": seed, "method": method, "arm": arm}
-        # what was cut off must not stand before a whole line
-        whole = "".join(f"{json.dumps(line)}\n" for line in read_json_lines(self._path))
-        self._path.write_text(whole, encoding="utf-8")
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**self._run, "step": step, "values": values}) + "\n")
-
-
 def claim(path: Path, now: dict[str, Any], about: dict[str, Any]) -> None:
     """Write down what decides the numbers of a folder, or compare with what it was begun with.
 
@@ -167,7 +158,7 @@ def claim(path: Path, now: dict[str, Any], about: dict[str, Any]) -> None:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"decisive": now, **about}, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(path, json.dumps({"decisive": now, **about}, indent=1) + "\n")
         return
     with reading(path):
         before = dict(json.loads(path.read_text(encoding="utf-8"))["decisive"])
@@ -180,14 +171,14 @@ def claim(path: Path, now: dict[str, Any], about: dict[str, Any]) -> None:
 def measured(folder: Path, kind: str) -> set[int]:
     """The updates of a run after which ``held_out`` numbers, or ``G``, are known."""
     metric = "dpo_loss/held_out" if kind == "held_out" else "G"
-    return {line["step"] for line in read_json_lines(folder / "points.jsonl") if metric in line["values"]}
+    return {line["step"] for line in whole.json_lines(folder / "points.jsonl") if metric in line["values"]}
 
 
 def points_of(folder: Path) -> list[Point]:
     """The numbers of a run."""
     return [
         Point(int(line["seed"]), line["method"], line["arm"], int(line["step"]), name, float(value))
-        for line in read_json_lines(folder / "points.jsonl")
+        for line in whole.json_lines(folder / "points.jsonl")
         for name, value in line["values"].items()
     ]
 

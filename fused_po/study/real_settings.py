@@ -119,16 +119,11 @@ class RealSettings:
         Raises:
             ValueError: a device that is not there.
         """
-        import torch
+        from fused_po.trainers.loading import device_of
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=device)
-        # what torch says of a missing GPU is an AssertionError
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"device {device!r} can't be used: {first}") from None
-        return replace(self, device=device, dtype=self.dtype or ("bfloat16" if device == "cuda" else "float32"))
+        found = device_of(self.device)
+        dtype = self.dtype or ("bfloat16" if found.type == "cuda" else "float32")
+        return replace(self, device=str(found), dtype=dtype)
 
     def words(self, methods: list[str]) -> list[str]:
         """What will be trained, in sentences."""

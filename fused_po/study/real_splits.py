@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_po import splits
 from fused_po.splits import Split
+from fused_po.trainers.whole import write_text
 
 __all__ = ["FlatWeights"]
 
@@ -46,7 +47,12 @@ class FlatWeights:
     def save(self, folder: Path) -> None:
         """Beside a checkpoint."""
         mean = self._sum / self._count if self._count else self._mean
-        (folder / _FILE).write_text(json.dumps(mean) + "\n", encoding="utf-8")
+        write_text(folder / _FILE, json.dumps(mean) + "\n")
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether it was saved there."""
+        return (folder / _FILE).is_file()
 
     def restore(self, folder: Path) -> None:
         """From a checkpoint."""

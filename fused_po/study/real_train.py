@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from fused_po.study.real_model import load
 from fused_po.study.real_reward import Reward
 from fused_po.study.real_settings import RealSettings, arms_of
 from fused_po.study.real_splits import FlatWeights
+from fused_po.trainers import whole
 from fused_po.trainers.preferences import PreferenceTrainer
 
 __all__ = ["checkpoints", "loss_of", "train"]
@@ -65,16 +65,17 @@ def train(
     Raises:
         FloatingPointError: the training diverged.
     """
-    found = checkpoints(folder)
+    flat = FlatWeights(0.5 if method == "dpo" else None) if arm == "no reweighting" else None
+    found = {step: path for step, path in checkpoints(folder).items() if flat is None or flat.is_in(path)}
     if settings.steps in found:
         return
     for path in folder.glob("checkpoint-*"):
         # written in part when the run was cut off
         if path not in found.values():
             shutil.rmtree(path)
+    whole.begin_lines(folder / "training.jsonl")
     last = max(found.values(), key=lambda path: int(path.name.rpartition("-")[2])) if found else None
     split = arms_of(method)[arm]
-    flat = FlatWeights(0.5 if method == "dpo" else None) if arm == "no reweighting" else None
     if flat is not None and last is not None:
         flat.restore(last)
     model = load(settings.model, None, settings.lora, seed, tokenizer)
@@ -139,9 +140,7 @@ def _pairs_trainer(flat: FlatWeights | None, beta: float) -> type:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
-            ratio = (
-                torch.where(inputs["targets"] >= 0, out.stats.logp - inputs["ref_logp"], 0.0).double().sum(1)
-            )  # (B,)
+            ratio = (out.stats.logp.double() - inputs["ref_logp"]).sum(1)  # (B,)
             chosen, rejected = ratio.chunk(2)
             noted.note(torch.sigmoid(-beta * (chosen - rejected)))
             return (loss, out) if return_outputs else loss
@@ -225,5 +224,4 @@ class _Keeper(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(f"update {state.global_step}: the loss is {logs['loss']}; a lower learning rate?")
         numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-        with (self._folder / "training.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+        whole.add_line(self._folder / "training.jsonl", {"step": state.global_step, **numbers})

@@ -27,7 +27,7 @@ from fused_po.study.policy import Language, Sample, new_model, sample, tiny_toke
 from fused_po.study.settings import ARMS, METHODS, Settings
 from fused_po.study.task import Prompt, all_prompts, demonstration, reward
 
-__all__ = ["Bin", "Point", "Results", "check", "run_seed", "total_updates"]
+__all__ = ["Bin", "Point", "Results", "run_seed", "total_updates"]
 
 HELD_OUT = 0.15
 # answers drawn for a prompt in search of a right and a wrong one
@@ -79,20 +79,6 @@ class Results:
 def total_updates(settings: Settings) -> int:
     """How many updates a seed takes."""
     return settings.sft_steps + settings.steps * sum(len(ARMS[method]) for method in METHODS)
-
-
-def check(settings: Settings) -> None:
-    """Try what a study takes from the machine it runs on.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    try:
-        torch.empty(0, device=settings.device)
-    # what torch says of a missing GPU is an AssertionError
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {settings.device!r} can't be used: {first}") from None
 
 
 def run_seed(seed: int, settings: Settings, advance: Callable[[int], Any] = lambda steps: None) -> Results:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -59,11 +59,7 @@ def about(
         f"**{len(seeds)} seeds** ({_ranges(seeds)}), which share nothing.",
         f"**Versions**: fused_po {fused_po.__version__}, torch {torch.__version__}.",
     ]
-    return About("What DPO and PPO do to a small model", lines, _numbers(settings), command, seconds, smoke, notes)
-
-
-def _numbers(settings: Settings) -> Mapping[str, object]:
-    return asdict(settings)
+    return About("What DPO and PPO do to a small model", lines, asdict(settings), command, seconds, smoke, notes)
 
 
 def _ranges(seeds: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from fused_po.study.reading import reading
 from fused_po.study.report import read_results, write_results
 from fused_po.study.run import Results
+from fused_po.trainers.whole import write_text
 
 __all__ = ["Store"]
 
@@ -41,8 +42,7 @@ class Store:
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise ValueError(f"{self.folder} exists and is neither empty nor a study")
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dict(self.settings), indent=1) + "\n"
-            (self.folder / "settings.json").write_text(text, encoding="utf-8")
+            write_text(self.folder / "settings.json", json.dumps(dict(self.settings), indent=1) + "\n")
         else:
             self._compare(known)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po.ops.checks import IGNORE
 
-__all__ = ["AnswerBatch", "collate", "mismatched", "pad_answers"]
+__all__ = ["AnswerBatch", "answers_of", "collate", "mismatched", "pad_answers"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ def pad_answers(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Answer
     return AnswerBatch(input_ids, mask, labels[:, 1:].contiguous())
 
 
+def answers_of(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> list[tuple[list[int], list[int]]]:
+    """The prompt and the answer of each answer in rows of ``Preferences``, token ids; of pairs all chosen answers, then
+    all rejected ones in the same order.
+    """
+    ids, starts = f"{prefix}ids", f"{prefix}starts"
+    flat = ((row[ids][side], row[starts][side]) for side in range(len(rows[0]["ids"])) for row in rows)
+    return [(tokens[:start], tokens[start:]) for tokens, start in flat]
+
+
 def collate(rows: Sequence[Mapping[str, Any]], pad: int, prefix: str = "") -> dict[str, Tensor]:
     """Rows of ``Preferences`` as a batch: of pairs all chosen answers, then all rejected ones in the same order.
 
@@ -54,22 +63,16 @@ def collate(rows: Sequence[Mapping[str, Any]], pad: int, prefix: str = "") -> di
         and, where the rows have it, ``ref_logp`` (B, S - 1), 0 where ignored. The same with ``other_`` in front for
         prompts with answers to other prompts.
     """
-    flat = {
-        name: [row[prefix + name][side] for side in range(len(rows[0]["ids"])) for row in rows]
-        for name in ("ids", "starts", "ref", "signs")
-        if prefix + name in rows[0]
-    }
-    answers = pad_answers(
-        [(ids[:start], ids[start:]) for ids, start in zip(flat["ids"], flat["starts"], strict=True)], pad
-    )
+    answers, sides = pad_answers(answers_of(rows, prefix), pad), range(len(rows[0]["ids"]))
     batch = vars(answers)
-    if "ref" in flat:
+    if f"{prefix}ref" in rows[0]:
         known = torch.zeros(answers.labels.shape)
-        known[answers.labels != IGNORE] = torch.tensor(list(itertools.chain(*flat["ref"])))
+        said = itertools.chain(*(row[f"{prefix}ref"][side] for side in sides for row in rows))
+        known[answers.labels != IGNORE] = torch.tensor(list(said))
         batch = batch | {"ref_logp": known}
     if prefix:
         return {prefix + name: value for name, value in batch.items()}
-    batch = batch | {"signs": torch.tensor(flat["signs"])}
+    batch = batch | {"signs": torch.tensor([row["signs"][side] for side in sides for row in rows])}
     return batch | (collate(rows, pad, "other_") if "other_ids" in rows[0] else {})
 
 

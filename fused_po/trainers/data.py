@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "counted",
     "load_preferences",
     "mapped",
+    "renderer",
     "texts",
 ]
 
@@ -145,6 +146,13 @@ def texts(source: str, rows: int | None = None) -> Iterator[str]:
             yield from (value,) if isinstance(value, str) else (message.get("content") or "" for message in value)
 
 
+def renderer(tokenizer: Any, given: Mapping[str, Any]) -> Callable[..., str]:
+    """What writes messages as text: the chat template, with what a row's other columns hold for it."""
+    tools = given.get("tools") or None
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False}
+    return partial(tokenizer.apply_chat_template, **options | (given.get("chat_template_kwargs") or {}))
+
+
 def mapped(rows: Any, function: Callable[..., Any], key: Any, **options: Any) -> Any:
     """``rows.map`` of a function on batches and indices, kept by a key that decides the outcome."""
     _cache().mkdir(parents=True, exist_ok=True)
@@ -197,12 +205,9 @@ class _Encoder:
         """The prompt, and the prompt with each answer, as the tokenizer is given them."""
         try:
             if self.form.chat:
-                tools = row.given.get("tools") or None
-                options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False}
-                options |= row.given.get("chat_template_kwargs") or {}
-                render = self.tokenizer.apply_chat_template
-                found = [render(row.prompt, add_generation_prompt=True, **options)]
-                found += [render(row.prompt + answer, **options) for answer in row.answers]
+                render = renderer(self.tokenizer, row.given)
+                found = [render(row.prompt, add_generation_prompt=True)]
+                found += [render(row.prompt + answer) for answer in row.answers]
             else:
                 end = "" if self._ends else self.tokenizer.eos_token or ""
                 answers = (answer if answer.endswith(end) else answer + end for answer in row.answers)

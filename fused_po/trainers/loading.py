@@ -10,7 +10,7 @@ import torch
 
 from fused_po.trainers.rows import shortened
 
-__all__ = ["add_adapter", "load_model", "load_tokenizer"]
+__all__ = ["add_adapter", "device_of", "load_model", "load_tokenizer"]
 
 TINY_VOCAB = 8192
 _TEMPLATE = (
@@ -18,6 +18,20 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def device_of(name: str | None) -> torch.device:
+    """A device by its name; None: a GPU if there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    # what torch says of a missing GPU is an AssertionError
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_tokenizer(name: str, texts: Iterable[str]) -> Any:

@@ -26,7 +26,7 @@ from fused_po.trainers.model import take_apart
 from fused_po.trainers.references import COLUMNS, with_reference
 from fused_po.trainers.whole import writing
 
-__all__ = ["PreferenceTrainer", "check_trainable", "learns_single", "trained"]
+__all__ = ["PreferenceTrainer", "check_trainable", "learns_single", "reads_reference", "side_inputs_of", "trained"]
 
 # what answers with signs and a reference make
 _KNOWN = frozenset({"ref_logp", "old_logp", "advantage", "desirable", "kl"})
@@ -48,6 +48,20 @@ def check_trainable(loss: Loss) -> None:
     missing = (loss.needs & SIDE_INPUTS) - OPTIONAL - _KNOWN
     if missing:
         raise ValueError(f"loss {loss.name!r} can't be trained from pairs: it needs {', '.join(sorted(missing))}")
+
+
+def reads_reference(loss: Loss) -> bool:
+    """Whether a reference model has to be asked."""
+    return bool(loss.needs & _OF_REFERENCE)
+
+
+def side_inputs_of(loss: Loss, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a loss reads of a batch of ``collate`` beside statistics, but for KTO's reference point: the reference is
+    the old policy too, and answers have an advantage of +1 or -1.
+    """
+    side = {"advantage": batch["signs"].float(), "desirable": batch["signs"] > 0}
+    side |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
+    return {name: value for name, value in side.items() if name in loss.needs}
 
 
 class PreferenceTrainer(Trainer):
@@ -135,7 +149,7 @@ class PreferenceTrainer(Trainer):
             raise ValueError(f"loss {self.loss.name!r} takes pairs: got single answers")
         # what others call ref is not of this reference
         rows, places = rows.select_columns(list(COLUMNS)), range(len(rows)) if places is None else places
-        if not self.loss.needs & _OF_REFERENCE:
+        if not reads_reference(self.loss):
             found = rows.select(places)
         elif self.state.global_step and self._reference is None:
             raise ValueError("the reference log-probs of further rows must be made before training")
@@ -191,14 +205,13 @@ class PreferenceTrainer(Trainer):
 
     def side_inputs(self, model: nn.Module, batch: Mapping[str, Tensor], counts: bool = True) -> dict[str, Any]:
         """What the loss reads beside the policy's own statistics; a batch may not count, where others of it do."""
-        side: dict[str, Any] = {"advantage": batch["signs"].float(), "desirable": batch["signs"] > 0}
-        side |= {name: batch["ref_logp"] for name in ("ref_logp", "old_logp") if "ref_logp" in batch}
+        side = side_inputs_of(self.loss, batch)
         if "kl" in self.loss.needs:
             ratio = (self.log_probs(model, batch, "other_").double() - batch["other_ref_logp"]).sum(1)  # (B,)
             sums = torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]) * counts
             total, count = self.accelerator.reduce(sums, "sum")
             side["kl"] = (total / count).clamp_min(0)
-        return {name: value for name, value in side.items() if name in self.loss.needs}
+        return side
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and the loss tokens, answers and tokens of chosen answers in them, of all ranks."""

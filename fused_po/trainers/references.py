@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -16,10 +16,27 @@ from fused_po.ops.checks import IGNORE
 from fused_po.trainers.batches import collate, mismatched
 from fused_po.trainers.data import mapped
 
-__all__ = ["COLUMNS", "with_reference"]
+__all__ = ["COLUMNS", "keep_reference", "with_reference"]
 
 # of load_preferences
 COLUMNS = ("ids", "starts", "signs", "tokens")
+
+
+def keep_reference(
+    rows: Sequence[dict[str, Any]], pad: int, log_probs: Callable[[dict[str, Tensor], str], Tensor]
+) -> None:
+    """Put the log-probs of each answer's tokens into its row, ``ref``, and those of mismatched answers, ``other_ref``.
+
+    Args:
+        rows: of one batch.
+        log_probs: of a batch of ``collate`` and the prefix of its names, (B, S - 1).
+    """
+    for prefix in ("", "other_") if "other_ids" in rows[0] else ("",):
+        batch = collate(rows, pad, prefix)
+        logp, kept = log_probs(batch, prefix).float().cpu(), batch[f"{prefix}labels"] != IGNORE
+        answers = [one[mask].tolist() for one, mask in zip(logp, kept, strict=True)]
+        for index, row in enumerate(rows):
+            row[f"{prefix}ref"] = answers[index :: len(rows)]
 
 
 def with_reference(trainer: Any, model: nn.Module, rows: Any, places: Sequence[int], pad: int) -> Any:
@@ -35,13 +52,7 @@ def with_reference(trainer: Any, model: nn.Module, rows: Any, places: Sequence[i
         part = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if mismatch:
             part = [row | mismatched(rows, place) for row, place in zip(part, at, strict=True)]
-        for prefix in ("", "other_") if mismatch else ("",):
-            batch = trainer._prepare_inputs(collate(part, pad, prefix))
-            logp = trainer.log_probs(model, batch, prefix).float().cpu()
-            kept = batch[f"{prefix}labels"].cpu() != IGNORE
-            answers = [one[mask].tolist() for one, mask in zip(logp, kept, strict=True)]
-            for index, row in enumerate(part):
-                row[f"{prefix}ref"] = answers[index :: len(part)]
+        keep_reference(part, pad, lambda *batch: trainer.log_probs(model, trainer._prepare_inputs(batch[0]), batch[1]))
         return {name: [row[name] for row in part] for name in part[0]}
 
     training, place = model.training, next(model.parameters()).device

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["put", "unfinished", "write_text", "writing"]
+__all__ = ["add_line", "begin_lines", "json_lines", "put", "unfinished", "write_text", "writing"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,6 +28,38 @@ def put(folder: Path) -> None:
     """Give an unfinished folder its name."""
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished(folder), folder)
+
+
+def json_lines(path: Path) -> list[Any]:
+    """What the lines of a file say, but for a last one that was cut off; nothing where there is no file.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    found: list[Any] = []
+    # other separators of lines may stand in strings
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON") from None
+    return found
+
+
+def begin_lines(path: Path) -> None:
+    """What was cut off must not stand before the next line."""
+    if path.exists():
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in json_lines(path)))
+
+
+def add_line(path: Path, line: Any) -> None:
+    """Add a line of JSON, which is on the disk afterwards."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
