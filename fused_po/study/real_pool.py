@@ -93,7 +93,8 @@ def pooled(folders: Sequence[Path]) -> Pool:
     results = Results()
     wins: dict[tuple[str, str], dict[int, list[float]]] = {}
     unfinished = {}
-    due = set(RealSettings(**settings).due)
+    with reading(first / "run.json"):
+        due = set(RealSettings(**settings).due)
     for (seed, method, arm), run in sorted(found.items()):
         with reading(run):
             points = points_of(run)
