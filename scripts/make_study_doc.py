@@ -24,8 +24,9 @@ general; what it does not show may well hold elsewhere.
 
 Twelve claims were fixed before the runs, each with one number a seed. A verdict stands where Student's t test,
 corrected for all twelve by Holm's procedure, says at 5 % that the mean over seeds is not 0. Effect sizes are means over
-the standard deviation of single seeds; brackets are intervals at 95 %. [The report](study/report.md) has all plots, the
-settings, and how large an effect had to be to be found; [claims.csv](study/claims.csv) has the numbers of every seed.
+the standard deviation of single seeds; brackets are intervals at 95 %, of each number for itself. [The
+report](study/report.md) has all plots, the settings, and how large an effect had to be to be found;
+[claims.csv](study/claims.csv) has the numbers of every seed.
 
 {BEGIN}
 {END}
@@ -38,6 +39,10 @@ settings, and how large an effect had to be to be found; [claims.csv](study/clai
   kinds. At the final model itself a sampled D' has a G of about 0 by construction.
 - PPO's D are fresh rollouts at each checkpoint. The ratio to the sampling policy is 1 there, so the clip does nothing
   in G. PPO has no penalty on the KL to its start, but in the arm of that name.
+- That steps lead towards where a run ends, on average, is true of most runs that get anywhere: what the first claim
+  says of DPO, the first line of what is looked at besides says of PPO.
+- How far successive updates agree depends on how far a policy moves between two checkpoints, so on learning rates
+  (PPO's is three times DPO's) and not on the method alone.
 - G itself has no normaliser: as gradients grow, so does it. What compares methods or times is the cosine.
 - Thirds by weight are thirds within a side: over both sides they would mostly tell the sides apart.
 - What is looked at besides the twelve claims is exploratory: of twenty numbers about nothing, one

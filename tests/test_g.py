@@ -122,7 +122,7 @@ def test_draws_of_sampled_answers_differ_and_the_seed_decides_them(folder, tmp_p
     assert one == two
     assert {len(draws) for draws in one.values()} == {3}
     assert len({draw["whole"] for draw in one[20]}) == 3
-    assert "spread of D'" in (tmp_path / "one" / "g.md").read_text()
+    assert "by more than twice the standard error over draws of D'" in (tmp_path / "one" / "g.md").read_text()
     assert "positive/top" not in one[20][0]
 
 

@@ -182,9 +182,9 @@ def test_a_study_without_any_advantage_has_its_report(monkeypatch, tmp_path):
     for start in ("PPO's targets move", "They do so less in PPO"):
         (found,) = [finding for text, finding in findings.items() if text.startswith(start)]
         assert found.verdict == "not measured" and found.text == "undefined in 3 of 3 seeds"
-    # what needs no advantage is judged; three equal seeds leave no error
+    # what needs no advantage is judged; three equal seeds leave no error, and a sign says little
     (found,) = [one for text, one in findings.items() if text.startswith("DPO's reweighting holds")]
-    assert found.verdict in ("supported", "contradicted")
+    assert found.verdict == "not shown" and found.p == 0.25
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.count("undefined in 3 of 3 seeds") >= 2 and "nan" not in text
     assert "it is GRPO here" in text

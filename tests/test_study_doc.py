@@ -12,6 +12,7 @@ from fused_po.study.claims import Curves, judge
 from fused_po.study.paper import CLAIMS, CONFIRMATORY
 from fused_po.study.report import in_words
 from fused_po.study.run import Point, Results
+from fused_po.study.settings import Settings
 from scripts import make_study_doc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -50,13 +51,18 @@ def test_the_page_is_made_of_a_study(tmp_path: Path) -> None:
         for arm in ("full", "no positive")
         for step in (0, 1, 2)
     ]
-    words = in_words(judge(Curves(Results(points)), CLAIMS), "study/plots")
+    words = in_words(judge(Curves(Results(points)), CLAIMS), "study/plots", {7: "the loss is nan"})
+    assert "**Seed 7 failed** and is left out: the loss is nan" in words
     assert "## Supported" in words and "## Not measured" in words and "## Looked at besides" in words
     assert max(map(len, words.splitlines())) <= 200
     (study / "verdicts.md").write_text(words)
     make_study_doc.main(study, docs)
     page = (docs / "study.md").read_text()
     assert words in page and page.startswith("# What") and "## How far this goes" in page
+    # what the words around it count
+    assert "Twelve claims" in page and len(CONFIRMATORY) == 12
+    assert Settings().ppo_lr == pytest.approx(3 * Settings().dpo_lr) and "three times DPO's" in page
+    assert CLAIMS[len(CONFIRMATORY)].text == "PPO's steps lead towards its final answers."
     for claim in CONFIRMATORY:
         assert claim.text in " ".join(page.split())
     assert {one.name for one in (docs / "study").iterdir()} == {"plots", "report.md", "claims.csv"}

@@ -17,8 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from fused_po.cli import main
 from fused_po.cli.arguments import INTERRUPTED
 from fused_po.study import real_run
+from fused_po.study.real_g import NUMBERS
 from fused_po.study.real_measure import interval
 from fused_po.study.real_pool import pooled
+from fused_po.study.real_report import RECORDED
 from fused_po.study.real_run import measured, points_of
 from fused_po.study.real_settings import RealSettings, arms_of
 from fused_po.study.real_splits import FlatWeights
@@ -135,6 +137,9 @@ def test_g_is_of_the_full_arm_and_its_sides_sum(dpo: Path) -> None:
     kept = {path.name for path in (dpo / "seed-0" / "dpo" / "full").glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-4"}
     assert len(list((dpo / "seed-0" / "dpo" / "controlled").glob("checkpoint-*"))) == 1
+    # what claims are chosen by is what is recorded
+    arm = set(curves(dpo / "seed-0" / "dpo" / "controlled"))
+    assert arm == {*RECORDED, "win_rate/held_out"} and set(full) == arm | {*NUMBERS, "G/error"}
 
 
 def test_answers_are_in_alpaca_evals_format_and_win_rates_have_intervals(dpo: Path) -> None:

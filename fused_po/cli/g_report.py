@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_po.diagnostics.alignment import DOUBTFUL
 from fused_po.pictures import png
 
 __all__ = ["sentence", "write"]
@@ -44,7 +45,7 @@ def sentence(points: Points) -> str:
     below = sum(mean < -one for mean, one in zip(whole, spread, strict=True))
     count = len(points)
     cosine = statistics.fmean(statistics.fmean(_draws(point, "whole", "cosine")) for point in points)
-    beyond = " by more than the spread of D'" if any(spread) else ""
+    beyond = " by more than twice the standard error over draws of D'" if any(spread) else ""
     negative = sum(
         abs(statistics.fmean(_draws(p, "negative"))) > abs(statistics.fmean(_draws(p, "positive"))) for p in points
     )
@@ -53,7 +54,10 @@ def sentence(points: Points) -> str:
         f"G of the whole loss is above 0{beyond} at {above} of {count} checkpoints and below at {below}; the two "
         f"gradients have a mean cosine of {cosine:.2g}; the negative side is the larger one at {negative} of {count}"
     )
-    return found + (f" (steps agree to {100 * max(errors):.2g} % of the sides)." if errors else ".")
+    if not errors:
+        return f"{found}."
+    doubt = "" if max(errors) <= DOUBTFUL else ", which is too little: --method exact takes none"
+    return f"{found} (steps agree to {100 * max(errors):.2g} % of the sides{doubt})."
 
 
 def _draws(point: Mapping[str, Any], part: str, kind: str = "g") -> list[float]:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -184,15 +184,16 @@ def _studied(arguments: argparse.Namespace, watch: Watch) -> int:
     if not any(one.seeds() for one in (store, *pool)):
         raise failures[min(failures)]
     watch.say("writing the report", 1.0)
-    _say(report(last=True), arguments.output)
+    _say(report(last=True), arguments.output, failures)
     return 1 if failures else 0
 
 
-def _say(findings: Sequence[Any], output: Path) -> None:
+def _say(findings: Sequence[Any], output: Path, failures: Mapping[int, Exception]) -> None:
     from fused_po.study.report import in_words, result
 
     tested = [one for one in findings if one.claim.confirmatory]
-    (output / "verdicts.md").write_text(in_words(findings, "study/plots"), encoding="utf-8")
+    said = {seed: str(failures[seed]) for seed in sorted(failures)}
+    (output / "verdicts.md").write_text(in_words(findings, "study/plots", said), encoding="utf-8")
     for one in tested:
         print(f"{one.verdict:>14}: {one.claim.text} ({one.text})")
     print(result(findings, len(tested[0].values)).replace("*", ""))

@@ -206,3 +206,5 @@ def _quiet() -> None:
     # TRL and torch on what is of no concern here
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+    # but an uncertain G is
+    warnings.filterwarnings("always", message="G along the gradient", category=UserWarning)

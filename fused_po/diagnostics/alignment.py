@@ -170,7 +170,7 @@ def gradient_alignment(
         for part, counts in sums.items()
         if part in parts
     }
-    if error is not None and error > DOUBTFUL:
+    if error is not None and not error <= DOUBTFUL:
         warnings.warn(
             f"G along the gradient of D' is uncertain by {100 * error:.1f} % of the sum of its sides' sizes, its two "
             "steps disagree; method='exact' takes none",

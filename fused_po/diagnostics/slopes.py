@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -74,6 +75,9 @@ def along(
         whole = scale(found)
         error = max((abs(narrow[name] - wide[name]) for name in narrow), default=0.0)
         error = error / whole if whole > 0 else error
+        if not all(map(math.isfinite, found.values())):
+            # no number is further from the truth than any, and from it nothing is larger
+            error = math.inf
         worse = worse + 1 if best is not None and error >= best[1] else 0
         best = (found, error) if best is None or error < best[1] else best
         # rounding takes over where a smaller step agrees less, twice

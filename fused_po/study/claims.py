@@ -13,7 +13,7 @@ from numpy import ndarray
 from fused_po.study.estimates import LEVEL, Estimate, holm, two_sided_p, written
 from fused_po.study.run import Results
 
-__all__ = ["Claim", "Curves", "Finding", "judge", "late", "mean_of", "verdict", "way"]
+__all__ = ["Claim", "Curves", "Finding", "decide", "judge", "late", "mean_of", "way"]
 
 FEWEST_SEEDS = 3
 
@@ -144,22 +144,34 @@ class Finding:
 
 def judge(curves: Curves, claims: Sequence[Claim], smoke: bool = False) -> list[Finding]:
     """What the runs say to each claim; ``smoke``: they are too small to say anything."""
-    values = [_measured(claim, curves) for claim in claims]
-    p = [float(two_sided_p(one)) for one in values]
-    tested = [index for index, claim in enumerate(claims) if claim.confirmatory]
-    corrected = dict(zip(tested, holm([p[index] for index in tested]), strict=True))
+    values = numpy.array([_measured(claim, curves) for claim in claims])
+    tested = [claim.confirmatory for claim in claims]
     found = []
-    for index, (claim, one) in enumerate(zip(claims, values, strict=True)):
-        p_holm = corrected.get(index, math.nan)
-        said = verdict(one, p_holm) if claim.confirmatory else "exploratory"
-        said = "smoke run" if smoke and claim.confirmatory else said
+    for claim, one, (p, p_holm, said) in zip(claims, values, decide(values, tested), strict=True):
         numbers = tuple(one.tolist())
-        found.append(Finding(claim, numbers, Estimate.of(numbers), p[index], p_holm, said))
+        said = "smoke run" if smoke and claim.confirmatory else said
+        found.append(Finding(claim, numbers, Estimate.of(numbers), p, p_holm, said))
     return found
 
 
-def verdict(values: ndarray, p_holm: float) -> str:
-    """Of a confirmatory claim; ``Finding`` lists them."""
+def decide(values: ndarray, tested: Sequence[bool]) -> list[tuple[float, float, str]]:
+    """p, p after Holm and the verdict, as in ``Finding``, of each claim.
+
+    Args:
+        values: (claims, seeds), the number of each claim in each seed.
+        tested: of each claim, whether it is confirmatory.
+    """
+    p = two_sided_p(values).tolist()
+    rows = [index for index, one in enumerate(tested) if one]
+    corrected = dict(zip(rows, holm([p[index] for index in rows]), strict=True))
+    found = []
+    for index, one in enumerate(values):
+        p_holm = corrected.get(index, math.nan)
+        found.append((p[index], p_holm, _verdict(one, p_holm) if index in corrected else "exploratory"))
+    return found
+
+
+def _verdict(values: ndarray, p_holm: float) -> str:
     if not numpy.isfinite(values).all():
         return "not measured"
     if values.shape[-1] < FEWEST_SEEDS:

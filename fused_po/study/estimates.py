@@ -43,21 +43,22 @@ def two_sided_p(values: numpy.ndarray) -> numpy.ndarray:
     """How often the mean of n independent Gaussian numbers around 0 is at least as many of its standard errors from 0
     (Student's t test), over the last axis: (..., n) -> (...).
 
-    NaN where a value is not finite or n is below 2; 1 where all values are 0, 0 where all are another number.
+    NaN where a value is not finite or n is below 2. Values that are all alike have no standard error, and say no more
+    than their sign: 2 ** (1 - n), the p of the sign test, and 1 where all are 0.
     """
     values = numpy.asarray(values, dtype=float)
-    first = values[..., :1]
+    first, count = values[..., :1], values.shape[-1]
     alike = (values == first).all(-1)
-    if values.shape[-1] < 2:
+    if count < 2:
         return numpy.full(values.shape[:-1], math.nan)
     # scipy warns of numbers that are nearly alike, and of infinite ones
     with numpy.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        kept = numpy.where(alike[..., None], numpy.arange(values.shape[-1], dtype=float), values)
+        kept = numpy.where(alike[..., None], numpy.arange(count, dtype=float), values)
         kept = numpy.where(numpy.isfinite(values).all(-1, keepdims=True), kept, math.nan)
         p = stats.ttest_1samp(kept, 0.0, axis=-1).pvalue
     alike &= numpy.isfinite(values).all(-1)
-    return numpy.where(alike, numpy.where(first[..., 0] == 0.0, 1.0, 0.0), p)
+    return numpy.where(alike, numpy.where(first[..., 0] == 0.0, 1.0, 2.0 ** (1 - count)), p)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Estimate:
     Attributes:
         mean, low, high: the mean and its interval by Student's t at 95 %.
         d, d_low, d_high: the mean over the standard deviation of single seeds, Hedges' g, without the bias of small n
-            (Hedges, J. Educ. Stat. 6, 1981), and its interval from the noncentral t at 95 %.
+            (Hedges, J. Educ. Stat. 6, 1981), and the 95 % interval, from the noncentral t, of what it estimates.
     """
 
     mean: float = math.nan
@@ -88,10 +89,10 @@ class Estimate:
         if freedom < 2:
             return Estimate(mean, low, high)
         correction = special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2) - math.log(freedom / 2) / 2
-        unit = math.exp(correction) / math.sqrt(n)
-        t, sign = abs(mean / error), math.copysign(1.0, mean)
+        t, sign, unit = abs(mean / error), math.copysign(1.0, mean), 1.0 / math.sqrt(n)
+        # the correction is of the estimate; the interval has no bias to correct
         ends = sorted(sign * unit * _noncentrality(t, freedom, p) for p in (LEVEL / 2, 1.0 - LEVEL / 2))
-        return Estimate(mean, low, high, sign * unit * t, *ends)
+        return Estimate(mean, low, high, sign * unit * math.exp(correction) * t, *ends)
 
     @property
     def text(self) -> str:

@@ -78,7 +78,7 @@ def _findings(canvas: Any, findings: Sequence[Finding]) -> None:
     axis.set_yticks(range(len(shown)), [f"{one.claim.text} ({one.verdict})" for one in shown], fontsize=7)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axis.set_xscale("symlog", linthresh=1.0)
-    frame(axis, "", "", xlabel="effect size (Hedges' g), 95 % interval")
+    frame(axis, "", "", xlabel="effect size (Hedges' g), with the 95 % interval of each for itself")
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()
     ends = [end for one in shown for end in (one.estimate.d_low, one.estimate.d_high) if not math.isnan(end)]
@@ -132,18 +132,19 @@ def _passes(canvas: Any, curves: Curves, results: Results) -> None:
 def _overfitting(canvas: Any, curves: Curves, results: Results) -> None:
     arms = {"full": "DPO", "no reweighting": "no reweighting", "controlled": "controlled"}
     canvas.set_size_inches(8.6, 2.9)
-    panels = {"dpo_loss/held_out": "loss on held-out pairs", "accuracy/held_out": "accuracy on held-out pairs"}
+    panels = {"dpo_loss/held_out": "loss on held-out pairs (nats)", "accuracy/held_out": "accuracy on held-out pairs"}
     axes = canvas.subplots(1, 2)
     for axis, (metric, ylabel) in zip(axes, panels.items(), strict=True):
         for number, (arm, label) in enumerate(arms.items()):
-            x, y = (curves.array("dpo", name, arm) for name in ("margin/train", metric))
-            points = numpy.linspace(0.0, float(numpy.nanmedian(x.max(-1))), 25)
+            x, y = -curves.array("dpo", "dpo_loss/train", arm), curves.array("dpo", metric, arm)
+            points = numpy.linspace(float(numpy.nanmax(x[:, 0])), float(numpy.nanmedian(x.max(-1))), 25)
             rows = [
                 numpy.where(points <= own.max(), first_at(points, own, other), numpy.nan)
                 for own, other in zip(x, y, strict=True)
             ]
-            band(axis, points, numpy.array(rows), label, number, 0.1)
-        frame(axis, "DPO", ylabel, xlabel="reward margin on training pairs (nats)")
+            band(axis, -points, numpy.array(rows), label, number, 0.1)
+        frame(axis, "DPO", ylabel, xlabel="loss on training pairs (nats)")
+        axis.invert_xaxis()
     legend(axes[1])
 
 
@@ -276,9 +277,9 @@ FIGURES = {
         ),
     ),
     "overfitting": Figure(
-        "Overfitting at equal training margin",
-        "Loss and accuracy on held-out pairs of the start, against how far the implicit reward margin on training "
-        "pairs has come: arms that merely learned more or less lie on one line.",
+        "Overfitting at equal training loss",
+        "DPO's loss and accuracy on held-out pairs of the start, against how far the loss on training pairs has come "
+        "down: arms that merely learned more or less lie on one line.",
         _overfitting,
     ),
     "arms_dpo": Figure(

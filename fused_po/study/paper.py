@@ -41,13 +41,18 @@ def _median(curves: Curves, method: str, metric: str) -> ndarray:
     return numpy.where(nothing, math.nan, found)
 
 
-def _at_equal(method: str, progress: str, metric: str, first: str, second: str) -> Measure:
-    """The mean difference of a metric between two arms where ``progress`` has come equally far in both: over what both
-    have reached, each arm at the first time that it was there.
+def _at_equal_fit(metric: str, first: str, second: str) -> Measure:
+    """The mean difference of a metric between two arms of DPO where its loss on training pairs is as low in both: over
+    what both have reached, each arm at the first time that it was there.
+
+    At equal margins instead, the arm whose margins spread more has the larger loss on training pairs too, and that is
+    no overfitting.
     """
 
     def measure(curves: Curves) -> ndarray:
-        of = [[curves.array(method, name, arm) for name in (progress, metric)] for arm in (first, second)]
+        of = [
+            [-curves.array("dpo", "dpo_loss/train", arm), curves.array("dpo", metric, arm)] for arm in (first, second)
+        ]
         shape = of[0][0].shape
         rows = zip(*(one.reshape(-1, shape[-1]) for arm in of for one in arm), strict=True)
         return numpy.array([_difference(*row) for row in rows]).reshape(shape[:-1])
@@ -58,7 +63,7 @@ def _at_equal(method: str, progress: str, metric: str, first: str, second: str) 
 def _difference(x: ndarray, y: ndarray, others: ndarray, z: ndarray) -> float:
     ends = min(x.max(), others.max())
     begin = max(x[0], others[0])
-    if not ends > begin:
+    if not ends > begin or numpy.isnan([x, y, others, z]).any():
         return math.nan
     grid = numpy.linspace(begin, ends, 21)[1:]
     return float(numpy.mean(first_at(grid, x, y) - first_at(grid, others, z)))
@@ -174,23 +179,23 @@ CONFIRMATORY = (
     Claim(
         "In PPO negative learning supports exploration.",
         BOTH,
-        "entropy per token on held-out prompts, with negative learning less without it, last third of the run",
+        "entropy per token (nats) on held-out prompts, with negative learning less without it, last third of the run",
         "arms_ppo",
         _between("ppo", "entropy/held_out", "full", "no negative"),
     ),
     Claim(
         "DPO's reweighting holds the policy back.",
         BOTH,
-        "KL to the start on held-out prompts, without reweighting less with it, last third of the run",
+        "KL to the start (nats an answer) on held-out prompts, without reweighting less with it, last third of the run",
         "arms_dpo",
         _between("dpo", "kl/held_out", "no reweighting", "full"),
     ),
     Claim(
         "DPO's reweighting prevents overfitting.",
         BOTH,
-        "loss on held-out pairs at equal reward margin on training pairs, without reweighting less with it",
+        "DPO's loss on held-out pairs (nats) at equal loss on training pairs, without reweighting less with it",
         "overfitting",
-        _at_equal("dpo", "margin/train", "dpo_loss/held_out", "no reweighting", "full"),
+        _at_equal_fit("dpo_loss/held_out", "no reweighting", "full"),
     ),
     Claim(
         "Positive learning prevents DPO's collapse.",
@@ -233,7 +238,7 @@ EXPLORATORY = (
     *(
         _look(
             f"{method.upper()}: how much G depends on which final answers were drawn.",
-            "standard deviation of G between draws of D' over the mean size of G",
+            "standard deviation of G between draws of D' over the mean size of G, which is never below 0",
             "g",
             _of(_spread, method),
         )
@@ -261,9 +266,9 @@ EXPLORATORY = (
     ),
     _look(
         "DPO's reweighting prevents overfitting, by accuracy.",
-        "accuracy on held-out pairs at equal margin on training pairs, with reweighting less without it",
+        "accuracy on held-out pairs at equal loss on training pairs, with reweighting less without it",
         "overfitting",
-        _at_equal("dpo", "margin/train", "accuracy/held_out", "full", "no reweighting"),
+        _at_equal_fit("accuracy/held_out", "full", "no reweighting"),
         BOTH,
     ),
     _look(
@@ -281,7 +286,7 @@ EXPLORATORY = (
     ),
     _look(
         "A KL penalty keeps PPO's entropy up.",
-        "entropy per token on held-out prompts, with the penalty less without it, last third of the run",
+        "entropy per token (nats) on held-out prompts, with the penalty less without it, last third of the run",
         "arms_ppo",
         _between("ppo", "entropy/held_out", "KL penalty", "full"),
     ),
@@ -294,14 +299,14 @@ EXPLORATORY = (
     ),
     _look(
         "DPO lowers right answers too.",
-        "minus the change of the log-prob of held-out right answers, last third of the run",
+        "minus the change of the log-prob (nats) of held-out right answers, last third of the run",
         "drift",
         lambda curves: -late(curves, "dpo", "drift/chosen"),
         "arXiv 2407.10490",
     ),
     _look(
         "So it does the same answers said otherwise.",
-        "minus the change of the log-prob of right answers with their terms the other way around",
+        "minus the change of the log-prob (nats) of right answers with their terms the other way around",
         "drift",
         lambda curves: -late(curves, "dpo", "drift/chosen/reworded"),
         "arXiv 2407.10490",
@@ -322,7 +327,7 @@ EXPLORATORY = (
     ),
     _look(
         "In PPO advantages are larger where tokens are likelier, which lowers entropy.",
-        "covariance of log-prob and advantage over tokens, mean between start and end",
+        "covariance of log-prob (nats) and advantage over tokens, mean between start and end",
         "mechanism",
         lambda curves: way(curves, "ppo", "covariance"),
         "arXiv 2505.22617",

@@ -44,18 +44,24 @@ def read_pairs(source: str, held_out: int, eval_source: str | None = None, templ
     Args:
         source: a file, a folder or a hub id, as ``fused-po train`` takes them.
         held_out: prompts to hold out; with ``eval_source`` the most that are taken of it.
-        eval_source: held-out pairs of their own.
+        eval_source: held-out pairs of their own; what has their prompts is not trained on.
         template: whether the tokenizer has a chat template.
 
     Raises:
-        PreferenceError: rows that can't be read, single answers, or too few prompts to hold so many out.
+        PreferenceError: rows that can't be read, single answers, too few prompts to hold so many out, or none left to
+            train on.
     """
     rows = _read(source, template)
     order = random.Random(SPLIT_SEED)
     if eval_source is not None:
         others = _read(eval_source, template)
         order.shuffle(others)
-        return Pairs(rows, _one_each(others)[:held_out])
+        kept_rows = _one_each(others)[:held_out]
+        kept = {json.dumps(row["prompt"]) for row in kept_rows}
+        train = [row for row in rows if json.dumps(row["prompt"]) not in kept]
+        if not train:
+            raise PreferenceError(f"{source}: all its prompts are those of {eval_source}, which are held out")
+        return Pairs(train, kept_rows)
     prompts = [json.dumps(row["prompt"]) for row in rows]
     distinct = sorted(set(prompts))
     if held_out >= len(distinct):

@@ -16,6 +16,7 @@ import torch
 
 from fused_po import advantages
 from fused_po.diagnostics import Examples, gradient_alignment
+from fused_po.diagnostics.parts import ALL_PARTS
 from fused_po.study.real_measure import columns_of
 from fused_po.study.real_model import Answer, Speaker, answers, autocast, examples_of, load
 from fused_po.study.real_reward import Reward
@@ -23,7 +24,11 @@ from fused_po.study.real_settings import RealSettings
 from fused_po.study.real_train import loss_of
 from fused_po.trainers.batches import answers_of
 
-__all__ = ["g_of_run"]
+__all__ = ["NUMBERS", "g_of_run"]
+
+SIDES = ("positive", "negative")
+# what a checkpoint is measured by; NaN where there is no gradient
+NUMBERS = ("G", "cosine", *(f"cosine/{side}" for side in SIDES), *(f"G/{part}" for part in ALL_PARTS))
 
 
 def g_of_run(
@@ -60,7 +65,8 @@ def g_of_run(
 
     final = of(max(models))
     with autocast(device, settings.dtype or "float32"):
-        said = answers(final, speaker, asked, sampled=settings.final == "sampled", seed=seed)
+        # not by the random numbers of rollouts: at the last model the two would share answers
+        said = answers(final, speaker, asked, sampled=settings.final == "sampled", seed=seed + 1)
     del final
     target = [_examples(part, pad).to(device) for part in _cut(said, settings)]
     loss = loss_of(method, settings)
@@ -72,12 +78,12 @@ def g_of_run(
         if given:
             found = gradient_alignment(model, given, loss, target, method=settings.estimator, cosine=True)
             numbers = {"G": found["whole"], "cosine": found.cosine()}
-            numbers |= {f"cosine/{side}": found.cosine(side) for side in ("positive", "negative")}
+            numbers |= {f"cosine/{side}": found.cosine(side) for side in SIDES}
             numbers |= {f"G/{part}": found[part] for part in found.values}
             yield step, numbers | ({} if found.error is None else {"G/error": found.error})
         else:
             # no advantage, no gradient
-            yield step, {"G": math.nan}
+            yield step, dict.fromkeys(NUMBERS, math.nan)
         del model
 
 

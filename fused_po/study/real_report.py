@@ -6,25 +6,28 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 import fused_po
+from fused_po.diagnostics.alignment import DOUBTFUL
 from fused_po.study.claims import Claim, Curves, Finding, judge
-from fused_po.study.estimates import Estimate
+from fused_po.study.estimates import Estimate, written
 from fused_po.study.figures import draw
 from fused_po.study.page import Page
 from fused_po.study.paper import CLAIMS
 from fused_po.study.real_figures import Rates, real_figures
+from fused_po.study.real_g import NUMBERS
 from fused_po.study.real_measure import interval
 from fused_po.study.real_pool import Pool
 from fused_po.study.real_settings import NAMES, REAL_METHODS, RealSettings
+from fused_po.study.report import strength
 from fused_po.study.run import Point, Results
 
-__all__ = ["write_real_report"]
+__all__ = ["RECORDED", "write_real_report"]
 
 ABOUT = (
     '"What Is Preference Optimization Doing, How and Why?" (arXiv 2512.00778) takes preference optimization apart into '
@@ -34,24 +37,34 @@ ABOUT = (
 OF_RUNS = (
     "After the last update: the mean over seeds and, with three seeds and more, its 95 % interval by Student's t. Win "
     "rates are those of answers drawn to held-out prompts against the start's, ties count a half, with 95 % bootstrap "
-    "intervals (BCa) over prompts."
+    "intervals (BCa) over prompts: they hold for the mean of these runs, what other seeds would do is not in them."
 )
 OF_ARMS = (
     '"No negative", "no positive" and "no reweighting" take one component out of the gradient; "controlled" is the '
     "schedule of `splits.controlled_dpo()` and `splits.controlled_ppo()`, whose constants are ours."
 )
 OF_CLAIMS = (
-    "What these runs say to the claims that the small study tests, where it measures what they ask for. Claims that "
-    "say PPO are of GRPO here. p is corrected for all of them by Holm's procedure."
+    "What these runs say to the claims of the small study, as far as such a study and these arms measure what they "
+    "ask for, whatever came out; one that a seed has no number for is not measured. Claims that say PPO are of GRPO "
+    "here. p is that of Student's t test on one number a seed, corrected by Holm's procedure for all claims that are "
+    "not exploratory; intervals are those of each claim for itself. **Seeds share the model, the pairs and the held-"
+    "out prompts**: they differ in the order of rows, in adapters and in what is drawn, so a verdict says that an "
+    "effect is more than these, and nothing of other data."
+)
+# what is measured of every arm; with a reward or a judge more
+RECORDED = (
+    *(f"{name}/{part}" for name in ("dpo_loss", "accuracy", "margin") for part in ("train", "held_out")),
+    *(f"{name}/{side}" for name in ("drift", "max_prob") for side in ("chosen", "rejected")),
+    *(f"{name}/held_out" for name in ("kl", "entropy", "length")),
 )
 # of the table, after the last update
 _COLUMNS = {
     "reward/held_out": "reward",
     "accuracy/held_out": "reward accuracy",
-    "dpo_loss/held_out": "DPO's loss, held-out",
-    "dpo_loss/train": "DPO's loss, training",
-    "kl/held_out": "KL to start",
-    "entropy/held_out": "entropy per token",
+    "dpo_loss/held_out": "DPO's loss, held-out (nats)",
+    "dpo_loss/train": "DPO's loss, training (nats)",
+    "kl/held_out": "KL to start (nats per answer)",
+    "entropy/held_out": "entropy per token (nats)",
     "length/held_out": "tokens per answer",
 }
 FEW = 3
@@ -69,7 +82,7 @@ def write_real_report(pool: Pool, output: Path, command: str) -> str:
         the result in one sentence.
     """
     output.mkdir(parents=True, exist_ok=True)
-    curves = Curves(pool.results)
+    curves, finished = Curves(pool.results), Curves(pool.finished())
     with (output / "points.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([one.name for one in fields(Point)])
@@ -82,7 +95,7 @@ def write_real_report(pool: Pool, output: Path, command: str) -> str:
     (output / "win_rates.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     figures = real_figures(rates)
     (output / "plots").mkdir(exist_ok=True)
-    page, result = _page(pool, curves, rates, command), sentence(pool, curves, rates)
+    page, result = _page(pool, finished, rates, command), sentence(pool, finished, rates)
     page.heading("Plots")
     page.say("Lines are medians over seeds, bands hold the middle half of them.")
     for name, figure in figures.items():
@@ -118,11 +131,21 @@ def _page(pool: Pool, curves: Curves, rates: Rates, command: str) -> Page:
     if found := findings(pool):
         page.heading("Claims")
         page.say(OF_CLAIMS)
+        if count := sum(one.claim.confirmatory for one in found):
+            page.say(strength(len(curves.seeds), count))
         rows = [
-            (f"{one.claim.text} ({one.claim.source})", one.claim.number, one.text, one.chance, f"**{one.verdict}**")
+            (
+                f"{one.claim.text} ({one.claim.source})",
+                one.claim.number,
+                one.text,
+                one.estimate.effect,
+                one.chance,
+                f"**{one.verdict}**",
+            )
             for one in found
         ]
-        page.table(["claim", "measured as (above 0: it holds)", "mean", "p", "verdict"], rows)
+        head = ["claim", "measured as (above 0: it holds)", "mean [95 %]", "effect [95 %]", "p, Holm", "verdict"]
+        page.table(head, rows)
     return page
 
 
@@ -159,10 +182,11 @@ def sentence(pool: Pool, curves: Curves, rates: Rates) -> str:
             words.append(f"tells {100 * final:.0f} % of held-out pairs apart")
         if words:
             parts.append(f"{NAMES[method]} {', '.join(words)}")
-    seeds = f"{len(pool.seeds)} seed" + "s" * (len(pool.seeds) > 1)
+    count = len(curves.seeds)
+    seeds = f"{count} seed" + "s" * (count != 1)
     steps = pool.settings["steps"]
-    few = "; too few seeds to say that any difference is more than luck" if len(pool.seeds) < FEW else ""
-    return f"{name}, {steps} updates, {seeds}: {'; '.join(parts) or 'nothing was measured'}{few}."
+    few = "; too few seeds to say that any difference is more than luck" if count < FEW else ""
+    return f"{name}, {steps} updates, {seeds}: {'; '.join(parts) or 'no run is finished'}{few}."
 
 
 def missing(pool: Pool) -> list[str]:
@@ -176,37 +200,56 @@ def missing(pool: Pool) -> list[str]:
             "No win rates: neither a reward (--reward) nor a judge (--judge) was named. AlpacaEval judges the "
             "model_outputs.json of each run against that of the start."
         )
-    counts = {run: sum(key[1:] == run for key in pool.runs) for run in pool.ordered()}
+    if pool.unfinished:
+        runs = ", ".join(
+            f"seed {seed} {NAMES[method]} {arm} (update {step} of {pool.settings['steps']})"
+            for (seed, method, arm), step in pool.unfinished.items()
+        )
+        found.append(f"**Not finished**, and left out of everything but the plots: {runs}.")
+    counts = {run: sum(key[1:] == run for key in pool.runs if key not in pool.unfinished) for run in pool.ordered()}
     if len(set(counts.values())) > 1:
         found.append("Not all arms have all seeds: " + ", ".join(f"{m} {a} {n}" for (m, a), n in counts.items()) + ".")
+    for name, values in pool.mixed.items():
+        found.append(f"**Not all runs are alike**: {name} is {', '.join(values[:-1])} or {values[-1]}.")
+    errors = [one.value for one in pool.results.points if one.metric == "G/error"]
+    if errors:
+        doubt = ", **which is much**: `--estimator exact` takes no steps" if max(errors) > DOUBTFUL else ""
+        found.append(
+            f"G is taken by steps along the gradient of D', two of which differ by up to {100 * max(errors):.2g} % of "
+            f"the sum of the sides' sizes{doubt}."
+        )
     return found
 
 
 def findings(pool: Pool) -> list[Finding]:
-    """What the runs say to the claims of the small study, as far as their numbers were measured here."""
-    points = [
-        Point(one.seed, REAL_METHODS[one.method], one.arm, one.step, one.metric, one.value)
-        for one in pool.results.points
-    ]
-    curves = Curves(Results(points))
-    return judge(curves, [claim for claim in CLAIMS if _measured(claim, curves)])
+    """What the finished runs say to the claims of the small study that such a study can measure."""
+    of_arms = (*RECORDED, *(["reward/held_out"] if pool.settings["reward"] is not None else []))
+    metrics = {(REAL_METHODS[m], arm): of_arms + (NUMBERS if arm == "full" else ()) for m, arm in pool.ordered()}
+    planned = Curves.of({(*run, metric): numpy.zeros((2, 3)) for run, names in metrics.items() for metric in names})
+    own = Curves(Results([replace(one, method=REAL_METHODS[one.method]) for one in pool.finished().points]))
+    return judge(own, [claim for claim in CLAIMS if _can_measure(claim, planned)]) if own.seeds else []
 
 
-def _measured(claim: Claim, curves: Curves) -> bool:
+def _can_measure(claim: Claim, planned: Curves) -> bool:
+    """By what is measured at all, not by what came out: a claim that a seed has no number for stays one of several."""
     try:
-        return bool(numpy.isfinite(claim.measure(curves)).all())
-    # an arm, or a metric, that such a study lacks
-    except (KeyError, ValueError, IndexError):
+        claim.measure(planned)
+    except KeyError:
         return False
+    return True
 
 
 def _rows(pool: Pool, curves: Curves, rates: Rates) -> Any:
     for method, arm in pool.ordered():
         cells = [NAMES[method], arm, _rate(rates.get((method, arm)))]
+        own = [
+            place
+            for place, seed in enumerate(curves.seeds)
+            if (seed, method, arm) in pool.runs.keys() - pool.unfinished
+        ]
         for metric in _COLUMNS:
             known = metric in curves.metrics(method, arm)
-            values = curves.array(method, metric, arm)[:, -1] if known else numpy.array([])
-            cells.append(_written([one for one in values.tolist() if not math.isnan(one)]))
+            cells.append(_written(curves.array(method, metric, arm)[own, -1].tolist() if known else []))
         yield cells
 
 
@@ -218,7 +261,9 @@ def _rate(rate: tuple[float, float, float] | None) -> str:
 
 
 def _written(values: Sequence[float]) -> str:
-    """The mean over seeds; with three of them and more, its interval."""
+    """The mean over seeds; with three of them and more, its interval; or in how many it is missing."""
     if not values:
         return "-"
+    if not all(map(math.isfinite, values)):
+        return written(values)
     return Estimate.of(values).text if len(values) >= FEW else f"{math.fsum(values) / len(values):.3g}"

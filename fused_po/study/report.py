@@ -17,7 +17,7 @@ from fused_po.study.panels import NAMES
 from fused_po.study.paper import CLAIMS
 from fused_po.study.run import Bin, Point, Results
 
-__all__ = ["About", "in_words", "read_results", "result", "write_report", "write_results"]
+__all__ = ["About", "in_words", "read_results", "result", "strength", "write_report", "write_results"]
 
 # of the table of arms, over the last third of a run
 _COLUMNS = {
@@ -26,9 +26,9 @@ _COLUMNS = {
     "reward/gap": "gap",
     "pass@8/held_out": "pass@8",
     "accuracy/held_out": "accuracy on pairs",
-    "entropy/held_out": "entropy per token",
+    "entropy/held_out": "entropy per token (nats)",
     "distinct/held_out": "distinct answers",
-    "kl/held_out": "KL to start",
+    "kl/held_out": "KL to start (nats per answer)",
 }
 SMOKE = "**A smoke run: it shows that everything works, and says nothing about the claims.**"
 
@@ -117,9 +117,9 @@ def result(findings: Sequence[Finding], seeds: int) -> str:
     )
 
 
-def in_words(findings: Sequence[Finding], plots: str) -> str:
+def in_words(findings: Sequence[Finding], plots: str, failures: Mapping[int, str] | None = None) -> str:
     """The outcome as Markdown, by verdict, and what was looked at besides; ``plots`` leads to the plots' folder."""
-    parts = [result(findings, len(findings[0].values))]
+    parts = [result(findings, len(findings[0].values)), *_failed(failures or {})]
     tested = [one for one in findings if one.claim.confirmatory]
     for verdict in sorted({one.verdict for one in tested}, key=lambda one: (one != "supported", one)):
         lines = [
@@ -174,8 +174,7 @@ def _page(
         "into positive learning, negative learning and loss reweighting, and watches each by G: whether a step on it "
         "makes the final model's answers likelier. D are the examples that the loss is taken on, D' those answers."
     )
-    failed = [f"**Seed {seed} failed** and is left out: {message}" for seed, message in failures.items()]
-    page.items([*about.lines, *about.notes, *failed])
+    page.items([*about.lines, *about.notes, *_failed(failures)])
     page.say(f"`{about.command}` repeats it; it took {about.seconds / 60:.0f} minutes of processor time.")
     page.heading("The claims")
     for words in _method(findings, seeds, about.smoke):
@@ -229,6 +228,10 @@ def _page(
     return page
 
 
+def _failed(failures: Mapping[int, str]) -> list[str]:
+    return [f"**Seed {seed} failed** and is left out: {message}" for seed, message in failures.items()]
+
+
 def _method(findings: Sequence[Finding], seeds: int, smoke: bool) -> list[str]:
     count = sum(one.claim.confirmatory for one in findings)
     if smoke or not count:
@@ -237,18 +240,24 @@ def _method(findings: Sequence[Finding], seeds: int, smoke: bool) -> list[str]:
         f"{count} claims were fixed before the runs. Each has one number a seed; it is **supported** or "
         f"**contradicted**, by the sign of the mean over seeds, where Student's t test says that the mean is not 0, at "
         f"{LEVEL:.0%} for all claims together (Holm's correction), else **not shown**; **not measured** where a seed "
-        "has no such number. Effect sizes are means over the standard deviation of single seeds (Hedges' g)."
+        "has no such number. Effect sizes are means over the standard deviation of single seeds (Hedges' g). "
+        "Checkpoints at which a number is not defined, as the cosine of a gradient of 0, are left out of the mean of "
+        "their seed. Intervals are those of each claim for itself: one may leave 0 out and the claim be not shown."
     )
-    found = power(seeds, count)
-    strength = (
+    return [words, strength(seeds, count)]
+
+
+def strength(seeds: int, count: int) -> str:
+    """What so many seeds can find, of so many claims."""
+    if seeds < 2:
+        return "One seed decides nothing."
+    return (
         f"Power: with {seeds} seeds an effect of one standard deviation passes Holm's first, strictest step in "
-        f"{found:.0%} of studies, one of half a standard deviation in {power(seeds, count, 0.5):.0%}; "
+        f"{power(seeds, count):.0%} of studies, one of half a standard deviation in {power(seeds, count, 0.5):.0%}; "
         f"{seeds_for(0.8, count)} seeds find the former in four of five. Not shown does not mean absent: see the "
-        "intervals."
-        if seeds > 1
-        else "One seed decides nothing."
+        "intervals. All of this holds where the number of seeds was chosen before a verdict was seen: who adds seeds "
+        "until one stands finds too many."
     )
-    return [words, strength]
 
 
 def _linked(one: Finding, images: Mapping[str, str]) -> str:

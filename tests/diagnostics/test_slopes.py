@@ -140,3 +140,25 @@ def test_target_nll_is_the_mean_over_answers():
     for one in target:
         total -= stats_of(Policy(), one.inputs, one.labels, ("logp",)).logp[one.labels >= 0].sum().item()
     assert found.target_nll == pytest.approx(total / 10)
+
+
+def test_what_is_no_number_is_not_known():
+    """A part that is NaN at one step must not hide behind one that is known, whichever is looked at first."""
+    point, way = {"x": torch.tensor([1.0], dtype=torch.float64)}, {"x": torch.tensor([1.0], dtype=torch.float64)}
+    for names in (("good", "bad"), ("bad", "good")):
+
+        def measure(names=names):
+            x = point["x"].item()
+            return {name: x * x if name == "good" else float("nan") for name in names}
+
+        _, error = along(way, point, measure, lambda values: abs(values["good"]), None)
+        assert error == float("inf")
+
+    def broken(model, inputs, labels, outputs):
+        found = stats_of(model, inputs, labels, outputs)
+        return found if torch.is_grad_enabled() else replace(found, logp=found.logp * float("nan"))
+
+    loss = losses.create("sigmoid")
+    data, target = examples(loss, 1), examples(None, 3)
+    with pytest.warns(UserWarning, match="method='exact' takes none"):
+        gradient_alignment(Policy(), [data], loss, [target], stats=broken, parts=("whole",))
