@@ -1,4 +1,4 @@
-"""Signs of life of a command: a progress bar on a terminal, elsewhere a line every few seconds, later twice a minute."""
+"""Signs of life of a command: a bar on a terminal, elsewhere a line every few seconds, later twice a minute."""
 
 from __future__ import annotations
 
