@@ -75,7 +75,14 @@ def test_ctrl_c_says_one_line_and_keeps_what_is_done(tmp_path):
     output = tmp_path / "study"
     given = [sys.executable, "-m", "fused_po", "study", "--quick", "--workers=2", "--seeds=40", "--steps=4"]
     given += ["--sft-steps=100", "--pairs=8", "--samples=8", f"--output={output}"]
-    process = subprocess.Popen(given, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        given,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # tests that run in the background of a shell ignore it, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not any((output / "seeds").glob("[0-9]*")) and process.poll() is None:
             time.sleep(0.2)

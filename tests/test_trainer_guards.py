@@ -114,10 +114,12 @@ def test_padding_of_an_evaluation_moves_no_reference_point(tmp_path, monkeypatch
     monkeypatch.setattr(trainer, "args", SimpleNamespace(process_index=1))
     monkeypatch.setattr(trainer, "_prepare_inputs", dict)
     trainer.prediction_step(trainer.model, batch)
-    assert told == [[0.0, 0.0]] and not trainer._eval._sums
+    # all ranks name the same metrics, but none of these counts
+    assert told == [[0.0, 0.0]] and trainer._eval._sums
+    assert not any(torch.stack(list(trainer._eval._sums.values())).flatten())
     trainer.args.process_index = 0
     trainer.prediction_step(trainer.model, batch)
-    assert told[1][1] == 2.0 and trainer._eval._sums
+    assert told[1][1] == 2.0 and all(weight > 0 for _, weight in trainer._eval._sums.values())
 
 
 def test_metrics_weigh_what_they_are_means_of():
