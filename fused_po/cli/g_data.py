@@ -18,7 +18,7 @@ from fused_po.diagnostics.rollouts import Rollout, at_step, is_rollouts, read_ro
 from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.trainers.batches import collate, mismatched
-from fused_po.trainers.data import load_preferences
+from fused_po.trainers.data import PreferenceError, counted, load_preferences
 from fused_po.trainers.model import token_stats_of
 from fused_po.trainers.preferences import check_trainable, learns_single
 
@@ -52,18 +52,19 @@ class Data:
         """Whether a reference model has to be asked."""
         return self.rows is not None and bool(self.loss.needs & {"ref_logp", "old_logp", "kl"})
 
-    def refer(self, model: nn.Module, advance: Callable[[], Any] = lambda: None) -> None:
-        """Keep the reference's log-probs of each answer beside its row."""
+    def refer(self, model: nn.Module, advance: Callable[[float], Any] = lambda done: None) -> None:
+        """Keep the reference's log-probs of each answer beside its row; ``advance`` is told which share is done."""
         assert self.rows is not None
         if "kl" in self.loss.needs:
             self.rows = [row | mismatched(self.rows, place) for place, row in enumerate(self.rows)]
-        for prefix in ("", "other_") if "kl" in self.loss.needs else ("",):
-            for rows in self._cut(self.rows):
+        prefixes, batches = ("", "other_") if "kl" in self.loss.needs else ("",), self._cut(self.rows)
+        for place, prefix in enumerate(prefixes):
+            for number, rows in enumerate(batches, 1):
                 logp, keep = self._logp(model, rows, prefix)
                 found = [one[mask].tolist() for one, mask in zip(logp, keep, strict=True)]
                 for index, row in enumerate(rows):
                     row[f"{prefix}ref"] = found[index :: len(rows)]
-                advance()
+                advance((place + number / len(batches)) / len(prefixes))
 
     def examples(self, model: nn.Module, step: int) -> list[Examples]:
         """D at a checkpoint: rollouts that its policy drew, or the preferences."""
@@ -172,10 +173,11 @@ def load(
         return Data(None, rollouts, _once([one.prompt_ids for one in rollouts]), said, loss, pad, batch_size)
     single = learns_single(loss)
     options: dict[str, Any] = {"single": single, "max_length": max_length, "vocabulary": vocabulary}
-    rows = list(load_preferences(source, tokenizer, **options).rows)
+    read = load_preferences(source, tokenizer, **options)
+    rows = list(read.rows)
     chosen = _some(rows, examples, seed)
     prompts = _once([row["ids"][0][: row["starts"][0]] for row in chosen])
-    said = f"{len(chosen)} of {len(rows)} rows"
+    said = f"{len(chosen)} of {len(rows)} rows" + (f" ({counted(read.counts)})" if read.counts else "")
     return Data(chosen, None, prompts, said, loss, pad, batch_size)
 
 
@@ -241,7 +243,10 @@ def answers_of_file(path: str, tokenizer: Any, max_length: int, vocabulary: int)
         labelled = Path(folder) / Path(path).name
         labelled.write_text("".join(json.dumps(row | {"label": True}) + "\n" for row in rows), encoding="utf-8")
         options: Mapping[str, Any] = {"single": True, "max_length": max_length, "vocabulary": vocabulary}
-        found = load_preferences(str(labelled), tokenizer, **options)
+        try:
+            found = load_preferences(str(labelled), tokenizer, **options)
+        except PreferenceError as error:
+            raise ValueError(f"--final {str(error).replace(str(labelled), path)}") from None
         return [
             Rollout(row["ids"][0][: row["starts"][0]], row["ids"][0][row["starts"][0] :]) for row in list(found.rows)
         ]
