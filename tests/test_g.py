@@ -108,13 +108,22 @@ def test_the_numbers_are_those_of_gradient_alignment(folder, tmp_path, method, c
         table = list(csv.DictReader(file))
     whole = [float(row["g"]) for row in table if row["part"] == "whole" and row["step"] == "20"]
     assert sum(whole) == pytest.approx(found[20][0]["whole"]) and len(whole) == 5
+    # cosines sum over blocks and parts as G does
+    cosine = {one["step"]: one["draws"][0]["cosine"]["whole"] for one in read_points(tmp_path / "out")}
+    for step in STEPS:
+        rows = [row for row in table if row["step"] == str(step)]
+        for parts in (["whole"], ["positive", "negative", "rest"]):
+            assert sum(float(row["cosine"]) for row in rows if row["part"] in parts) == pytest.approx(cosine[step])
     assert (tmp_path / "out" / "g.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().out
     assert "memory at the peak" in said and "s a checkpoint" in said
-    assert sentence(read_points(tmp_path / "out")) in (tmp_path / "out" / "g.md").read_text()
+    page = (tmp_path / "out" / "g.md").read_text()
+    assert sentence(read_points(tmp_path / "out")) in page
+    assert f"pairs.jsonl, {len(ROWS)} of {len(ROWS)} rows" in page and "3 greedy answers of checkpoint-30" in page
+    assert "reference: checkpoint-10, the first checkpoint" in page and f"method {method}, float32" in page
 
 
-def test_draws_of_sampled_answers_differ_and_the_seed_decides_them(folder, tmp_path):
+def test_draws_of_sampled_answers_differ_and_the_seed_decides_them(folder, tmp_path, capsys):
     for name in ("one", "two"):
         given = arguments(folder, tmp_path / name, "--final", "sampled", "--draws", "3", "--parts", "sides")
         assert main(given) == 0
@@ -122,6 +131,8 @@ def test_draws_of_sampled_answers_differ_and_the_seed_decides_them(folder, tmp_p
     assert one == two
     assert {len(draws) for draws in one.values()} == {3}
     assert len({draw["whole"] for draw in one[20]}) == 3
+    mean = sum(draw["whole"] for draw in one[20]) / 3
+    assert f"checkpoint-20: G {mean:.4g}," in capsys.readouterr().out
     assert "by more than twice the standard error over draws of D'" in (tmp_path / "one" / "g.md").read_text()
     assert "positive/top" not in one[20][0]
 
@@ -240,6 +251,8 @@ def test_half_precision_and_activations_that_are_made_again(folder, tmp_path):
         (["--loss", "sigmoit"], "sigmoit"),
         (["--loss-arg", "beta"], "--loss-arg beta: NAME=VALUE is wanted"),
         (["--dtype", "bfloat16"], "--dtype bfloat16 needs --method exact"),
+        (["--data", "EMPTY"], "empty.jsonl: is empty"),
+        (["--final", "LONG"], "long.jsonl: holds no row that can be learned (1 dropped"),
         (["--final", "nowhere.jsonl"], "--final nowhere.jsonl: neither greedy nor sampled, nor a file"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: can't be read"),
         (["--reference", "./nowhere"], "no model for './nowhere'"),
@@ -250,9 +263,14 @@ def test_half_precision_and_activations_that_are_made_again(folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(folder, tmp_path, change, message, capsys):
-    assert main(arguments(folder, tmp_path / "out", *change)) == 2
+    files = {"EMPTY": tmp_path / "empty.jsonl", "LONG": tmp_path / "long.jsonl"}
+    files["EMPTY"].write_text("")
+    files["LONG"].write_text(json.dumps({"prompt": "?" * 999, "completion": "no"}) + "\n")
+    assert main(arguments(folder, tmp_path / "out", *(str(files.get(word, word)) for word in change))) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fused-po: ") and message in error
+    # the same folder takes the command as it is mended
+    assert not (tmp_path / "out").exists()
 
 
 def test_rollouts_that_do_not_suit_the_loss(folder, tmp_path, capsys):

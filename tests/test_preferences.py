@@ -288,7 +288,7 @@ def test_long_rows_are_cut_dropped_or_refused(tmp_path, tokenizer):
     assert [len(found.rows), found.rows[1]["starts"]] == [2, whole["starts"]]
     with pytest.raises(PreferenceError, match=r"row 2: \d+ tokens, more than 24"):
         load_preferences(path, tokenizer, max_length=24, on_too_long="refuse")
-    with pytest.raises(PreferenceError, match="holds no pair that can be learned"):
+    with pytest.raises(PreferenceError, match="holds no row that can be learned"):
         load_preferences(path, tokenizer, max_length=1)
 
 

@@ -15,7 +15,9 @@ import pytest
 from fused_po.cli import main
 from fused_po.cli import study as command
 from fused_po.cli.seeds import Outcome
+from fused_po.study.real_settings import RealSettings
 from fused_po.study.report import read_results
+from fused_po.study.settings import Settings
 from fused_po.study.store import Store
 from tests.small_study import SMALL, small_results
 
@@ -132,6 +134,15 @@ def test_what_cannot_be_run_is_said_before_any_training(options, message, monkey
     assert main(["study", *options, f"--output={tmp_path / 'x'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_help_says_the_defaults():
+    small, real = Settings(), RealSettings("model", "data")
+    for name, words in (command._COUNTS | command._RATES).items():
+        field = name.replace("-", "_")
+        shown = words.partition("default ")[2].split(" | ")
+        of_real = real.lr(name[:3]) if name in ("dpo-lr", "ppo-lr") else getattr(real, field, None)
+        assert [float(one) for one in shown] == [one for one in (getattr(small, field), of_real) if one is not None]
 
 
 @pytest.mark.parametrize("option", ["--seeds=0", "--first-seed=-1", "--steps=-1", "--dpo-lr=nan", "--policy-loss=a2c"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,16 +98,18 @@ class _Measurement:
     """One process of the command."""
 
     def __init__(self, arguments: argparse.Namespace, rank: int, world: int, watch: Watch) -> None:
+        import datasets
         import torch
         from transformers.utils import logging
 
         from fused_po.cli.g_data import check_loss, load
         from fused_po.cli.objective import loss_of
-        from fused_po.diagnostics.checkpoints import check_checkpoints
+        from fused_po.diagnostics.checkpoints import check_checkpoints, config_of
         from fused_po.trainers.loading import device_of, load_tokenizer
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         self.arguments, self.rank, self.world, self.watch = arguments, rank, world, watch
         self.output: Path = arguments.output
         self.told = False
@@ -123,6 +127,8 @@ class _Measurement:
         self.watch.say("reading the data")
         self.tokenizer = load_tokenizer(str(self.folders[-1]), [])
         self.vocabulary = vocabulary
+        positions = getattr(config_of(self.folders[-1]).get_text_config(), "max_position_embeddings", None)
+        arguments.max_length = min(arguments.max_length, positions or arguments.max_length)
         self.data: Data = load(
             arguments.data,
             self.tokenizer,
@@ -149,6 +155,18 @@ class _Measurement:
 
         self.options: dict[str, Any] = {"method": arguments.method, "parts": wanted, "cosine": True}
         self.options["blocks"] = by_layer if "layers" in parts else None
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what would be refused late, before anything is written."""
+        from fused_po.cli.g_models import require_model
+
+        if self.arguments.final in ("greedy", "sampled"):
+            self._prompts()
+        else:
+            self._final()
+        if self.arguments.reference and self.data.needs_reference:
+            require_model(self.arguments.reference, self.vocabulary)
 
     def go(self) -> int:
         """Everything, or this process's share of it."""
@@ -162,6 +180,8 @@ class _Measurement:
         predicted = self._predict()
         if arguments.predict_only:
             return 0
+        from fused_po.cli.g_report import described, draws_of, write
+
         targets = self._final()
         done = {one["checkpoint"] for one in read_points(self.output)}
         # a share of all of them: another process may have measured some by now
@@ -171,12 +191,16 @@ class _Measurement:
         written = self.output / f"points-{self.rank}.jsonl"
         whole.begin_lines(written)
         for index, folder in enumerate(own):
-            self.watch.say(f"measuring {folder.name}", index / len(own))
-            point = self._point(folder, targets) | {"predicted_bytes": predicted}
+
+            def advance(share: float, name: str = folder.name, index: int = index) -> None:
+                self.watch.say(f"measuring {name}", (index + share) / len(own))
+
+            advance(0.0)
+            point = self._point(folder, targets, advance) | {"predicted_bytes": predicted}
             whole.add_line(written, point)
-            left, g = len(own) - index - 1, sum(point["draws"][0]["g"]["whole"].values())
+            left = len(own) - index - 1
             self._say(
-                f"{folder.name}: G {g:.4g}, {point['seconds']:.0f} s"
+                f"{folder.name}: G {statistics.fmean(draws_of(point, 'whole')):.4g}, {point['seconds']:.0f} s"
                 + (f"; about {left * point['seconds']:.0f} s to go" if left else ""),
                 every=True,
             )
@@ -184,11 +208,11 @@ class _Measurement:
             while len(points := read_points(self.output)) < len(self.folders):
                 self.watch.say("waiting for the other processes")
                 time.sleep(_LOOK)
-            from fused_po.cli.g_report import write
-
             order = {folder.name: place for place, folder in enumerate(self.folders)}
             points.sort(key=lambda one: order[one["checkpoint"]])
-            self._say(write(points, self.loss.name, self.output))
+            self._say(
+                write(points, self.loss.name, self.output, described(arguments, self.data, self.folders, targets))
+            )
             self._say(f"wrote {self.output}/g.png, g.csv, g.md and points-*.jsonl")
         return 0
 
@@ -276,12 +300,9 @@ class _Measurement:
         return [prompt[-room:] for prompt in self.data.prompts[: self.arguments.prompts]]
 
     def _refer(self) -> None:
-        from fused_po.cli.g_models import same_vocabulary
-
-        self.watch.say("asking the reference")
+        self.watch.say("asking the reference", 0.0)
         model = self._load(self.arguments.reference or self.folders[0], merged=True)
-        same_vocabulary(model, self.vocabulary)
-        self.data.refer(model)
+        self.data.refer(model, lambda done: self.watch.say("asking the reference", done))
 
     def _target(self, rollouts: list[Rollout]) -> Any:
         # answers without a token have none that is likely or not
@@ -307,7 +328,7 @@ class _Measurement:
 
         return rollout_examples(rollouts, self.data.pad, batch_size=self.arguments.batch_size)
 
-    def _point(self, folder: Path, targets: list[list[Rollout]]) -> dict[str, Any]:
+    def _point(self, folder: Path, targets: list[list[Rollout]], advance: Callable[[float], Any]) -> dict[str, Any]:
         """G at a checkpoint, for each draw of D'."""
         from fused_po.cli.g_models import counted, forecast
         from fused_po.diagnostics import gradient_alignment
@@ -319,7 +340,7 @@ class _Measurement:
             self.told = True
             seconds = forecast(model, batches, self._target(targets[0]), self.loss, self.options)
             self._say(f"time: about {seconds * len(targets):.0f} s a checkpoint")
-        for rollouts in targets:
+        for number, rollouts in enumerate(targets, 1):
             target = self._target(rollouts)
 
             def measure(target: Any = target) -> Any:
@@ -329,7 +350,9 @@ class _Measurement:
             peak = max(peak, taken)
             g = {part: dict(blocks) for part, blocks in found.values.items()}
             cosine = {part: found.cosine(part) for part in found.values}
-            draws.append({"g": g, "cosine": cosine, "error": found.error, "nll": found.target_nll})
+            scalars = {"norms": found.norms, "error": found.error, "nll": found.target_nll}
+            draws.append({"g": g, "cosine": cosine, **scalars})
+            advance(number / len(targets))
         point = {"checkpoint": folder.name, "step": _step(folder)[0], "draws": draws}
         return point | {"seconds": time.monotonic() - start, "peak_bytes": peak or None}
 

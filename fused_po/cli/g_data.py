@@ -20,7 +20,7 @@ from fused_po.losses import Loss
 from fused_po.losses.batch import OPTIONAL, SIDE_INPUTS
 from fused_po.trainers.answers import answers_to
 from fused_po.trainers.batches import answers_of, collate, mismatched
-from fused_po.trainers.data import load_preferences
+from fused_po.trainers.data import PreferenceError, counted, load_preferences
 from fused_po.trainers.model import token_stats_of
 from fused_po.trainers.preferences import check_trainable, learns_single, reads_reference, side_inputs_of
 from fused_po.trainers.references import keep_reference
@@ -55,13 +55,15 @@ class Data:
         """Whether a reference model has to be asked."""
         return self.rows is not None and reads_reference(self.loss)
 
-    def refer(self, model: nn.Module) -> None:
-        """Keep the reference's log-probs of each answer beside its row."""
+    def refer(self, model: nn.Module, advance: Callable[[float], Any] = lambda done: None) -> None:
+        """Keep the reference's log-probs of each answer beside its row; ``advance`` is told which share is done."""
         assert self.rows is not None
         if "kl" in self.loss.needs:
             self.rows = [row | mismatched(self.rows, place) for place, row in enumerate(self.rows)]
-        for rows in self._cut(self.rows):
+        batches = self._cut(self.rows)
+        for number, rows in enumerate(batches, 1):
             keep_reference(rows, self.pad, partial(_log_probs, model))
+            advance(number / len(batches))
 
     def examples(self, model: nn.Module, step: int) -> list[Examples]:
         """D at a checkpoint: rollouts that its policy drew, or the preferences."""
@@ -151,10 +153,11 @@ def load(
         return Data(None, rollouts, _once([one.prompt_ids for one in rollouts]), said, loss, pad, batch_size)
     single = learns_single(loss)
     options: dict[str, Any] = {"single": single, "max_length": max_length, "vocabulary": vocabulary}
-    rows = list(load_preferences(source, tokenizer, **options).rows)
+    read = load_preferences(source, tokenizer, **options)
+    rows = list(read.rows)
     chosen = _some(rows, examples, seed)
     prompts = _once([row["ids"][0][: row["starts"][0]] for row in chosen])
-    said = f"{len(chosen)} of {len(rows)} rows"
+    said = f"{len(chosen)} of {len(rows)} rows" + (f" ({counted(read.counts)})" if read.counts else "")
     return Data(chosen, None, prompts, said, loss, pad, batch_size)
 
 
@@ -214,7 +217,7 @@ def answers_of_file(path: str, tokenizer: Any, max_length: int, vocabulary: int)
         options: Mapping[str, Any] = {"single": True, "max_length": max_length, "vocabulary": vocabulary}
         try:
             found = load_preferences(str(labelled), tokenizer, **options)
-        except ValueError as error:
+        except PreferenceError as error:
             raise ValueError(str(error).replace(str(labelled), f"--final {path}")) from None
         return [Rollout(prompt, answer) for prompt, answer in answers_of(list(found.rows))]
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fused_po.cli.g_data import Data
+from fused_po.cli.profile_report import memory_words
 from fused_po.diagnostics import Examples, peak_memory
 from fused_po.diagnostics.checkpoints import config_of
 from fused_po.diagnostics.gradients import trained
@@ -21,7 +22,7 @@ from fused_po.losses import Loss
 from fused_po.trainers.loading import device_of
 from fused_po.trainers.model import token_stats_of
 
-__all__ = ["checkpointed", "counted", "forecast", "predicted", "same_vocabulary"]
+__all__ = ["checkpointed", "counted", "forecast", "predicted", "require_model"]
 
 
 def checkpointed(model: Any) -> Any:
@@ -57,11 +58,10 @@ def predicted(
     model = checkpointed(model) if arguments.gradient_checkpointing else model
     on = device_of(arguments.device)
     found = predict_alignment(model, data.shapes(), data.loss, target, device=on.type, **options)
-    gib = 1 << 30
-    text = f"memory at the peak: {found.peak / gib:.2f} GiB of tensors, {found.model / gib:.2f} of them the model"
+    text = f"memory at the peak: {memory_words(found.peak)} of tensors, {memory_words(found.model)} of them the model"
     if on.type == "cuda":
         free = torch.cuda.mem_get_info(on)[0]
-        text += f"; {free / gib:.2f} GiB are free"
+        text += f"; {memory_words(free)} are free"
         if found.peak > free:
             raise ValueError(f"{text}: a smaller --batch-size or --gradient-checkpointing takes less")
     return found.peak, text
@@ -91,11 +91,13 @@ def forecast(
     model: nn.Module, batches: Sequence[Examples], target: Sequence[Examples], loss: Loss, options: Mapping[str, Any]
 ) -> float:
     """Seconds that G at a checkpoint will take, from one forward and how many passes there are; a backward is two."""
-    start = time.monotonic()
-    with torch.no_grad():
-        token_stats_of(model, batches[0].inputs, batches[0].labels, loss.statistics)
-        if batches[0].labels.is_cuda:
-            torch.cuda.synchronize()
+    # the first time is slower
+    for _ in range(2):
+        start = time.monotonic()
+        with torch.no_grad():
+            token_stats_of(model, batches[0].inputs, batches[0].labels, loss.statistics)
+            if batches[0].labels.is_cuda:
+                torch.cuda.synchronize()
     one = (time.monotonic() - start) / batches[0].labels.numel()
     tokens, others = (sum(batch.labels.numel() for batch in given) for given in (batches, target))
     measured = {part for counts in independent(tuple(options["parts"])).values() for part in counts}
@@ -108,8 +110,11 @@ def forecast(
     return one * (passes * tokens + 3 * others)
 
 
-def same_vocabulary(model: Any, vocabulary: int) -> None:
-    """Raise ValueError for a reference with fewer tokens than the checkpoints."""
-    own = model.get_input_embeddings().weight.shape[0]
+def require_model(name: str, vocabulary: int) -> None:
+    """Raise ValueError for a reference that can't be read, or has fewer tokens than the checkpoints."""
+    try:
+        own = config_of(name).get_text_config().vocab_size
+    except ValueError as error:
+        raise ValueError(f"--reference: no model for {name!r}: {error}") from None
     if own < vocabulary:
         raise ValueError(f"--reference has {own} tokens, the checkpoints {vocabulary}: another tokenizer's")

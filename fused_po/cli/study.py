@@ -23,10 +23,37 @@ _EPILOG = """\
 From a supervised start, trains DPO and PPO (or GRPO) on a task whose answers can be checked, whole and without one
 component each, and measures G at checkpoints. The output folder then holds report.html, report.md, plots/ and every
 number as CSV. The defaults take about forty minutes on two cores. Seeds are kept as they end: after Ctrl-C the same
-command goes on with the rest, and more --seeds add to those that are there.
+command goes on with the rest, and more --seeds add to those that are there. Of two defaults the second is that with
+--data.
 """
 # of --quick
 QUICK_SEEDS = 3
+# what a setting is, with its default, and that of a study with --data behind a bar; torch is not imported for --help
+_COUNTS = {
+    "hidden-size": "of the model, default 64",
+    "layers": "of the model, default 2",
+    "largest": "totals of the task go from 10 to this, default 30",
+    "sft-steps": "of the supervised start, default 600",
+    "sft-batch": "answers in one of them, default 128",
+    "steps": "updates of each method, default 240 | 200",
+    "pairs": "that DPO learns from, default 512",
+    "batch": "answers in an update, default 64 | 64",
+    "epochs": "of PPO over each rollout, default 2",
+    "minibatches": "of PPO in each of them, default 2",
+    "generations": "answers to each prompt in a rollout, default 4 | 8",
+    "checkpoints": "models of a run that are measured, default 9 | 6",
+    "samples": "answers of an evaluation | that D and D' are made of, default 256 | 128",
+    "draws": "of PPO's D at a checkpoint, default 4",
+    "final-draws": "of D' from the final model, default 4",
+}
+_RATES = {
+    "sft-lr": "learning rate of the supervised start, default 0.004",
+    "dpo-lr": "learning rate of DPO, default 0.0001 | 5e-07",
+    "ppo-lr": "learning rate of the policy, default 0.0003 | 1e-06",
+    "critic-lr": "learning rate of the value model, default 0.001",
+    "beta": "of DPO, default 0.1 | 0.1",
+    "epsilon": "PPO's clip, default 0.2 | 0.2",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -42,11 +69,10 @@ def add_parser(commands: Any) -> None:
     # defaults stand where they are documented
     add("--policy-loss", choices=("ppo", "grpo"), default=argparse.SUPPRESS, help="default ppo")
     add("--device", default=argparse.SUPPRESS, help="default cpu")
-    whole = "hidden-size layers largest sft-steps sft-batch steps pairs batch epochs minibatches generations"
-    for name in (*whole.split(), "checkpoints", "samples", "draws", "final-draws"):
-        add(f"--{name}", type=positive(int), default=argparse.SUPPRESS, metavar="N", help="see fused_po.study.settings")
-    for name in ("sft-lr", "dpo-lr", "ppo-lr", "critic-lr", "beta", "epsilon"):
-        add(f"--{name}", type=positive(float), default=argparse.SUPPRESS, metavar="X")
+    for name in _COUNTS:
+        add(f"--{name}", type=positive(int), default=argparse.SUPPRESS, metavar="N", help=_COUNTS[name])
+    for name in _RATES:
+        add(f"--{name}", type=positive(float), default=argparse.SUPPRESS, metavar="X", help=_RATES[name])
     add(
         "--noise", type=float, default=argparse.SUPPRESS, metavar="X", help="share of wrong demonstrations, default 0.4"
     )

@@ -155,6 +155,7 @@ def _say_needs(settings: Any, arms: dict[str, list[str]], config: Any = None) ->
     import torch
     from transformers import AutoConfig
 
+    from fused_po.cli.profile_report import time_words
     from fused_po.prices import DEVICES
     from fused_po.study.real_memory import GIB, needs
 
@@ -174,7 +175,8 @@ def _say_needs(settings: Any, arms: dict[str, list[str]], config: Any = None) ->
     print(f"  checkpoints of a run that G is measured over: {wanted.disk / GIB:.1f} GiB on the disk")
     seeds = {method: len(one) for method, one in arms.items()}
     where = on.name.upper() if on.name in name else f"one {on.name.upper()}, if there were one"
-    print(f"  updates of a seed on {where}: {wanted.hours(settings, seeds):.2g} hours")
+    hours = wanted.hours(settings, seeds)
+    print(f"  updates of a seed on {where}: {f'{hours:.2g} hours' if hours >= 0.1 else time_words(3600 * hours)}")
     if on_gpu:
         free = torch.cuda.mem_get_info()[0]
         if wanted.peak > free:

@@ -104,8 +104,8 @@ def check_checkpoints(checkpoints: Sequence[str | Path], tokenizer: Any = None) 
     return int(config_of(folders[0]).get_text_config().vocab_size)
 
 
-def config_of(folder: Path) -> Any:
-    """The config of a checkpoint; of an adapter, that of its base model.
+def config_of(folder: str | Path) -> Any:
+    """The config of a checkpoint, or of a hub id; of an adapter in a folder, that of its base model.
 
     Raises:
         ValueError: it can't be read.
@@ -113,13 +113,13 @@ def config_of(folder: Path) -> Any:
     from transformers import AutoConfig
 
     with _readable(folder):
-        adapter = folder / "adapter_config.json"
+        adapter = Path(folder) / "adapter_config.json"
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
         return AutoConfig.from_pretrained(base or folder)
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _readable(folder: str | Path) -> Iterator[None]:
     """What a broken file of a folder raises within, which has no common base, as ValueError that names the folder."""
     try:
         yield

@@ -42,6 +42,8 @@ def frame(axis: Any, title: str, ylabel: str, zero: bool = False, xlabel: str = 
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
+    if xlabel == "updates":
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if zero:
         axis.axhline(0.0, color="black", linewidth=0.6)
 
@@ -65,6 +67,7 @@ def grid(canvas: Any, curves: Curves, panels: Sequence[tuple[str, Lines]], zero:
     canvas.set_size_inches(WIDTH * shape[1] + 1.0, HEIGHT * shape[0])
     axes = canvas.subplots(*shape, squeeze=False).reshape(len(rows), len(panels))
     alike = len({tuple(lines.values()) for _, lines in panels}) == 1
+    beside = rows if len(panels) == 1 else []
     for row, method in zip(axes, rows, strict=True):
         for axis, (ylabel, lines) in zip(row, panels, strict=True):
             for number, (line, label) in enumerate(lines.items()):
@@ -78,7 +81,16 @@ def grid(canvas: Any, curves: Curves, panels: Sequence[tuple[str, Lines]], zero:
                         number,
                         0.2 if len(lines) < 4 else 0.1,
                     )
+                elif any(_has(curves, one, [(ylabel, {line: label})]) for one in beside):
+                    # the legend stands for those panels too that have the line
+                    axis.plot([], [], label=label, color=f"C{number % 10}", linewidth=1.6)
+            drawn = list(axis.get_lines())
             frame(axis, NAMES.get(method, method), ylabel, zero)
+            # numbers themselves, not what is left of them above one that stands apart
+            axis.yaxis.get_major_formatter().set_useOffset(False)
+            if not any(numpy.isfinite(line.get_ydata()).any() for line in drawn):
+                axis.set(xticks=[], yticks=[])
+                axis.text(0.5, 0.6, "not defined in these runs", ha="center", transform=axis.transAxes)
             last = axis is row[-1] and (len(panels) > 1 or method == rows[-1])
             if len(lines) > 1 and (last or not alike):
                 legend(axis)

@@ -89,12 +89,17 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
             **copies,
             "gradients": SINGLE * trained,
             "activations and logits": activations,
-            "beside": BESIDE,
+            "torch, driver and fragments": BESIDE,
         }
         update[method] = settings.batch / settings.micro_batch * seconds
         if method == "grpo":
             cache = _cache(sizes, settings, settings.batch)
-            memory["rollout"] = {**held, **copies, "cache of keys and values": cache, "beside": BESIDE}
+            memory["rollout"] = {
+                **held,
+                **copies,
+                "cache of keys and values": cache,
+                "torch, driver and fragments": BESIDE,
+            }
             if on is not None:
                 # each token reads all weights, writes them in bfloat16 and reads that
                 read = (weights + 2 * HALF * parameters if half else weights) + cache
@@ -105,12 +110,12 @@ def needs(settings: RealSettings, config: Any, on: Device | None = None, methods
         "weights of the start": weights,
         "weights in bfloat16": HALF * parameters if half else 0,
         "cache of keys and values": _cache(sizes, settings, answers),
-        "beside": BESIDE,
+        "torch, driver and fragments": BESIDE,
     }
     memory["G"] = {
         "weights": weights,
         "gradients, activations and logits": _alignment(model, settings),
-        "beside": BESIDE,
+        "torch, driver and fragments": BESIDE,
     }
     disk = SINGLE * trained * (settings.checkpoints - 1) + state
     return Needs(parameters, trained, memory, update if on is not None else None, disk)

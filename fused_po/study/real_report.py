@@ -195,6 +195,13 @@ def missing(pool: Pool) -> list[str]:
     if not any(method == "grpo" for method, _ in pool.ordered()):
         why = "no reward was named (--reward)" if pool.settings["reward"] is None else "it was not asked for"
         found.append(f"Only DPO was run: {why}.")
+    undefined = {run: (sum(map(math.isnan, values)), len(values)) for run, values in _g(pool).items()}
+    runs = ", ".join(f"{NAMES[m]} {a} at {n} of {count}" for (m, a), (n, count) in undefined.items() if n)
+    if runs:
+        found.append(
+            f"G is not defined where all answers to a prompt get the same reward, so that no advantage is left: {runs} "
+            "checkpoints of all seeds."
+        )
     if not pool.wins:
         found.append(
             "No win rates: neither a reward (--reward) nor a judge (--judge) was named. AlpacaEval judges the "
@@ -218,6 +225,15 @@ def missing(pool: Pool) -> list[str]:
             f"G is taken by steps along the gradient of D', two of which differ by up to {100 * max(errors):.2g} % of "
             f"the sum of the sides' sizes{doubt}."
         )
+    return found
+
+
+def _g(pool: Pool) -> dict[tuple[str, str], list[float]]:
+    """(method, arm) -> G at all checkpoints of all seeds."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for one in pool.results.points:
+        if one.metric == "G":
+            found.setdefault((one.method, one.arm), []).append(one.value)
     return found
 
 

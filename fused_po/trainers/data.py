@@ -117,7 +117,7 @@ def load_preferences(
     if any(name.startswith("dropped") for name in counts):
         encoded = encoded.select([index for index, one in enumerate(notes) if not one.startswith("dropped")])
     if not len(encoded):
-        raise PreferenceError(f"{source}: holds no pair that can be learned ({counted(counts) or 'all lines blank'})")
+        raise PreferenceError(f"{source}: holds no row that can be learned ({counted(counts) or 'all lines blank'})")
     return Preferences(encoded.remove_columns("notes"), counts, form.layout)
 
 
@@ -258,6 +258,8 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
     """The rows of a source as they are, those of JSON as one column of strings, ``text``; and what they are kept by."""
     path, split, streaming = Path(source).expanduser(), "train", rows is not None
     kind = next((s for s in reversed(path.suffixes) if s.lower() not in _PACKED), "").lower()
+    if path.is_file() and not path.stat().st_size:
+        raise PreferenceError(f"{source}: is empty")
     with _reading(source):
         # datasets keeps what it reads by the time of a file's last change; of a stream nothing is kept
         content = "" if streaming else contents(source)
