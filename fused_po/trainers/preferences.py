@@ -158,7 +158,8 @@ class PreferenceTrainer(Trainer):
         if not reads_reference(self.loss):
             found = rows.select(places)
         elif self.state.global_step and self._reference is None:
-            raise ValueError("the reference log-probs of further rows must be made before training")
+            remedy = "name them as eval_dataset, or give reference="
+            raise ValueError(f"the reference log-probs of further rows must be made before training: {remedy}")
         else:
             found = with_reference(self, cast(nn.Module, self._reference or self.model), rows, places, self._pad)
         self._prepared_ones.append(found)
