@@ -173,7 +173,8 @@ def test_tools_reach_the_template(tmp_path):
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("a.jsonl", b"", "a.jsonl: "),
+    "empty": ("a.jsonl", b"", "a.jsonl: is empty"),
+    "a header alone": ("a.csv", b"prompt,chosen,rejected\n", "a.csv: holds no pair"),
     "blank": ("a.jsonl", b"\n  \n", "a.jsonl: holds no pair"),
     "not JSON": ("a.jsonl", lines(ROW, "{not json"), "a.jsonl: row 2: not JSON"),
     "cut off": ("a.jsonl", lines(ROW)[:-10], "a.jsonl: row 1: not JSON"),
@@ -185,8 +186,15 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "not parquet": ("a.parquet", lines(ROW), "a.parquet: can't be read"),
     "no rejected": ("a.jsonl", lines({"prompt": "a", "chosen": "b"}), "row 1: no rejected"),
     "rejected of None": ("a.jsonl", lines(ROW, {**ROW, "rejected": None}), "row 2: no rejected"),
-    "nothing": ("a.jsonl", lines({}), "row 1: no completion"),
-    "other columns": ("a.csv", b"question,good\na,b\n", "row 1: no completion"),
+    "nothing": ("a.jsonl", lines({}), "row 1: no chosen; wanted are prompt, chosen, rejected or"),
+    "other columns": ("a.csv", b"question,good\na,b\n", "row 1: no chosen"),
+    "their names": ("a.jsonl", lines({"question": "a", "good": "b"}), "completion, label, got question, good"),
+    "a pair that lacks both": ("a.jsonl", lines(ROW, {"prompt": "a"}), "row 2: no chosen"),
+    "a message without content": (
+        "a.jsonl",
+        lines(CHAT, {**CHAT, "chosen": [{"role": "assistant"}]}),
+        "row 2: a message without content",
+    ),
     "a number": (
         "a.jsonl",
         lines(ROW, {**ROW, "chosen": 3}),
@@ -254,7 +262,7 @@ def test_templates_that_refuse(tmp_path):
     with pytest.raises(PreferenceError, match=r"row 1: the chat template refuses it \(roles\)"):
         load_preferences(written(tmp_path, "a.jsonl", lines(CHAT)), own)
     own.chat_template = None
-    with pytest.raises(PreferenceError, match="row 1: the chat template refuses it"):
+    with pytest.raises(PreferenceError, match="holds chat messages, and the tokenizer has no chat template"):
         load_preferences(written(tmp_path, "b.jsonl", lines(CHAT)), own)
 
 
@@ -275,7 +283,7 @@ def test_odd_rows_are_kept_and_counted(tmp_path, tokenizer):
     empty, same = {**ROW, "chosen": ""}, {"prompt": "", "chosen": "No.", "rejected": "No."}
     found = load_preferences(written(tmp_path, "a.jsonl", lines(ROW, empty, same)), tokenizer)
     assert len(found.rows) == 3
-    assert found.counts == {"empty answers": 1, "identical answers": 1}
+    assert found.counts == {"with an empty answer": 1, "with identical answers": 1}
 
 
 def test_long_rows_are_cut_dropped_or_refused(tmp_path, tokenizer):

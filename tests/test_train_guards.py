@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +28,44 @@ def test_a_run_that_logs_nothing_keeps_its_model(data, tmp_path, capsys):
     assert main(command(data, output, "--logging-steps", "100")) == 0
     assert weights(output) and rows(output) == []
     assert not (output / "metrics.png").exists() and "metrics.png" not in capsys.readouterr().out
+
+
+def test_what_is_done_before_the_first_step_is_said(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fused_po.cli.progress.QUIET", 0.01)
+    for name, answer in (("a", "computed"), ("b", "from the cache")):
+        assert main([*command(data, tmp_path / name, "--seed", "71"), "--model", "tiny", "--steps", "1"]) == 0
+        said = capsys.readouterr()
+        assert f"reference log-probs: {answer}\n" in said.out
+        assert "... loading the model" in said.err
+    assert main([*command(data, tmp_path / "c", "--loss", "simpo"), "--steps", "1"]) == 0
+    assert "reference" not in capsys.readouterr().out
+
+
+def test_a_cache_that_is_full_is_named(data, tmp_path, monkeypatch, capsys):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    assert main(command(data, tmp_path / "out")) == 2
+    assert re.search(r"what is read can't be kept in .*fused_po \(.*No space left", capsys.readouterr().err)
+
+
+def test_answers_of_one_side_have_no_margin(tmp_path):
+    path, output = tmp_path / "single.jsonl", tmp_path / "out"
+    liked = [{"prompt": f"Is it {one}?", "completion": "Yes.", "label": True} for one in ("red", "blue")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in liked))
+    assert main([*command(path, output, "--loss", "kto"), "--steps", "1"]) == 0
+    (row,) = rows(output)
+    assert "rewards/chosen" in row and "rewards/margins" not in row
+
+
+def test_steps_that_take_long_are_said_one_by_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fused_po.cli.report.QUIET_LATER", 0.0)
+    report = Report(tmp_path / "log", None, None)
+    logs = {"step": 1, "loss": 0.5}
+    state = SimpleNamespace(log_history=[logs], is_world_process_zero=True, global_step=1, max_steps=1000)
+    report.on_log(None, state, None, logs)
+    assert capsys.readouterr().out == "step    1  loss 0.5000\n"
 
 
 def test_a_crash_before_the_first_checkpoint_can_be_resumed(data, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = train.with_config(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        parser.error(str(error))
+        print(f"fused-po: {error}", file=sys.stderr)
+        return 2
     arguments, rest = parser.parse_known_args(given)
     # train has the engine's flags beside its own
     if rest and arguments.command != "train":
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code: int = arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"fused-po: {said}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"fused-po: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -36,7 +36,7 @@ def split_of(arguments: argparse.Namespace) -> Any:
     try:
         return presets[arguments.split](**_values("--split-arg", arguments.split_arg))
     except TypeError as error:
-        raise ValueError(f"--split: {error}") from None
+        raise ValueError(f"--split-arg: {error}") from None
 
 
 def _values(flag: str, given: Sequence[str]) -> dict[str, Any]:

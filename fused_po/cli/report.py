@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from fused_po.cli.progress import QUIET_LATER
 from fused_po.pictures import png
 from fused_po.trainers import whole
 
@@ -30,7 +32,8 @@ class Bar(ProgressCallback):
 
 
 class Report(TrainerCallback):
-    """Writes metrics.jsonl, and a line for each evaluation and, where there is no bar, each tenth of the steps.
+    """Writes metrics.jsonl, and a line for each evaluation and, where there is no bar, each tenth of the steps, or
+    more where these take long.
 
     As a context, it also makes Ctrl-C end the run after the step at hand, with a checkpoint; a second one ends it at
     once. Ranks agree on the step.
@@ -39,6 +42,7 @@ class Report(TrainerCallback):
     def __init__(self, log: Path, accelerator: Any, bar: Bar | None) -> None:
         self._log, self._accelerator, self._bar = log, accelerator, bar
         self._asked = self.interrupted = False
+        self._said = time.monotonic()
 
     def __enter__(self) -> Report:
         self._before = signal.signal(signal.SIGINT, self._note)
@@ -76,10 +80,12 @@ class Report(TrainerCallback):
         found = rows(state.log_history[-1:])
         if not state.is_world_process_zero or not found:
             return
-        with self._log.open("a", encoding="utf-8") as log:
+        with whole.writing(str(self._log)), self._log.open("a", encoding="utf-8") as log:
             log.write(_lines(found))
         (row,), every = found, max(1, state.max_steps // 10)
-        if row["split"] == "eval" or (self._bar is None and state.global_step % every == 0):
+        due = state.global_step % every == 0 or time.monotonic() - self._said >= QUIET_LATER
+        if row["split"] == "eval" or (self._bar is None and due):
+            self._said = time.monotonic()
             held_out = "held-out " if row["split"] == "eval" else ""
             bar: Any = self._bar
             say = print if bar is None else bar.training_bar.write

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fused_po.cli.arguments import INTERRUPTED, positive
 from fused_po.cli.objective import loss_of, split_of
+from fused_po.cli.progress import Watch, watched
+from fused_po.trainers.rows import shortened
 
 __all__ = ["add_parser", "with_config"]
 
@@ -68,7 +73,7 @@ def add_parser(commands: Any) -> None:
     add("--on-too-long", **long, help="cut longer rows on the right, or stop")
     add("--streaming", action="store_true", help="read only as many rows of --data as the steps take")
     add("--num-proc", **count, help="processes that tokenize")
-    add("--eval-every", dest="eval_steps", **count, default=20, help="steps between evaluations, default 20")
+    add("--eval-every", dest="eval_steps", **count, help="steps between evaluations, default 20")
     add("--save-every", dest="save_steps", **count, default=50, help="steps between checkpoints, default 50")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast, weights stay float32")
@@ -91,7 +96,8 @@ def with_config(argv: Sequence[str]) -> list[str]:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {str(error).splitlines()[0]}") from None
+        said = error.strerror if isinstance(error, OSError) else shortened(error)
+        raise ValueError(f"--config {path}: {said}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--config {path}: a mapping of flags is wanted, got {type(found).__name__}")
     flags: list[str] = []
@@ -100,6 +106,8 @@ def with_config(argv: Sequence[str]) -> list[str]:
         if flag in ("--loss-arg", "--split-arg") and isinstance(value, dict):
             flags += [part for key, one in value.items() for part in (flag, f"{key}={one}")]
         elif flag in ("--streaming", "--compare", "--resume"):
+            if not isinstance(value, bool | None):
+                raise ValueError(f"--config {path}: {name} must be true or false, got {shortened(repr(value), 60)}")
             flags += [flag] * bool(value)
         elif value is not None:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -120,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         arguments.data = str(_DATA / "preferences.jsonl")
         arguments.eval_data = arguments.eval_data or str(_DATA / "preferences_eval.jsonl")
+    if arguments.eval_steps is not None and arguments.eval_data is None:
+        raise ValueError("--eval-every wants --eval-data")
     if arguments.output_dir is None:
         raise ValueError("--output is wanted: a new or empty folder")
     output: Path = arguments.output_dir
@@ -129,11 +139,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"nothing to resume: {output} holds no run")
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} exists and is not empty: choose another folder, or --resume to continue in it")
-    # torch and transformers take seconds to import; a wrong argument should not
-    return _train(arguments)
+    with ExitStack() as silence:
+        shown = int(os.environ.get("RANK", "0")) == 0
+        watch = silence.enter_context(watched("loading")) if shown else Watch("", lambda one: None)
+        # torch and transformers take seconds to import; a wrong argument should not
+        return _train(arguments, watch, silence)
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace, watch: Watch, silence: ExitStack) -> int:
+    """Train; ``watch`` shows on stderr what is done until ``silence`` is closed."""
     import datasets
     from rich.console import Console
     from transformers import PrinterCallback, ProgressCallback, TrainerState
@@ -142,22 +156,33 @@ def _train(arguments: argparse.Namespace) -> int:
     from fused_po.cli.report import Bar, Report, plot, rows
     from fused_po.trainers import loading, whole
     from fused_po.trainers.data import counted, load_preferences, texts
-    from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single
+    from fused_po.trainers.preferences import PreferenceTrainer, check_trainable, learns_single, reads_reference
 
     args, output = _engine(arguments), arguments.output_dir
     bar = Bar() if sys.stderr.isatty() and args.should_save else None
     if bar is None:
         datasets.disable_progress_bars()
+    # what its readers say of a broken file is in our refusal
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     console = Console(quiet=not args.should_save)
     loss, split = loss_of(arguments), split_of(arguments)
     check_trainable(loss)
+    if arguments.compare and (args.bf16 or args.fp16):
+        raise ValueError("--compare needs float32: in 16 bits the plain path rounds its logits and must differ")
+    if arguments.compare and (args.world_size > 1 or args.gradient_accumulation_steps > 1 or split is not None):
+        raise ValueError("--compare takes one process, --gradient-accumulation-steps 1 and no --split")
     reached = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
     if arguments.streaming and reached <= 0:
         raise ValueError("--streaming wants --steps: it reads as many rows as they take")
     streamed = [reached if arguments.streaming else None, None]
     files = [one for one in (arguments.data, arguments.eval_data) if one is not None]
     tokenizer = loading.load_tokenizer(arguments.model, texts(files[0], streamed[0]))
+    watch.say("loading the model")
     model = loading.load_model(arguments.model, tokenizer, arguments.seed)
+    if bar is not None:
+        # datasets has bars of its own
+        silence.close()
+    watch.say("reading the data")
     limit = min(arguments.max_length, getattr(model.config, "max_position_embeddings", None) or arguments.max_length)
     options = {"single": learns_single(loss), "on_too_long": arguments.on_too_long, "num_proc": arguments.num_proc}
     options |= {"max_length": limit, "vocabulary": model.get_input_embeddings().weight.shape[0]}
@@ -168,13 +193,13 @@ def _train(arguments: argparse.Namespace) -> int:
     checkpoint = _checkpoint(arguments, args) if arguments.resume else None
     kind: Any = PreferenceTrainer
     if arguments.compare:
-        if args.bf16 or args.fp16:
-            raise ValueError("--compare needs float32: in 16 bits the plain path rounds its logits and must differ")
-        if args.world_size > 1 or args.gradient_accumulation_steps > 1 or split is not None:
-            raise ValueError("--compare takes one process, --gradient-accumulation-steps 1 and no --split")
         from fused_po.cli.compare import ComparedTrainer as kind
     held_out = data[1].rows if len(data) > 1 else None
-    trainer = kind(model, args, data[0].rows, held_out, loss=loss, split=split, processing_class=tokenizer)
+    watch.say("asking the reference")
+    # what the hub's client raises has no common base
+    with whole.writing(f"{args.hub_model_id or output.name} on the hub") if args.push_to_hub else nullcontext():
+        trainer = kind(model, args, data[0].rows, held_out, loss=loss, split=split, processing_class=tokenizer)
+    silence.close()
     report = Report(output / "metrics.jsonl", trainer.accelerator, bar)
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
@@ -182,7 +207,10 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer.add_callback(callback)
     for name, found in zip(files, data, strict=True):
         noticed = [f"read as {found.layout}"] * bool(found.layout) + [counted(found.counts)] * bool(found.counts)
-        console.print(f"{Path(name).name}: {len(found.rows)} rows" + (f" ({', '.join(noticed)})" if noticed else ""))
+        count = f"{len(found.rows)} {'row' if len(found.rows) == 1 else 'rows'}"
+        console.print(f"{Path(name).name}: {count}" + (f" ({', '.join(noticed)})" if noticed else ""))
+    if reads_reference(loss):
+        console.print(f"reference log-probs: {'computed' if trainer.reference_rows else 'from the cache'}")
     if tokenizer.eos_token is None:
         console.print("the tokenizer has no end token: answers end where their text does")
     if args.should_save and checkpoint is None:
@@ -224,13 +252,16 @@ def _engine(arguments: argparse.Namespace) -> Any:
 
     from fused_po.trainers.loading import device_of
 
+    # of flags that the installed version has and a later one will not
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     # the run has words and a bar of its own
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     kind = device_of(arguments.device)
     if kind.index:
         raise ValueError(f"--device {kind}: choose it by CUDA_VISIBLE_DEVICES={kind.index}")
-    named = [one.partition("=")[0].removeprefix("--").replace("-", "_") for one in arguments.rest]
+    flags = [one for one in arguments.rest if one.startswith("--")]
+    named = [one.partition("=")[0].removeprefix("--").replace("-", "_") for one in flags]
     for name in named:
         if name in arguments.flags:
             raise ValueError(f"--{name.replace('_', '-')} is not taken: give {arguments.flags[name]}")
@@ -240,8 +271,10 @@ def _engine(arguments: argparse.Namespace) -> Any:
     begun = _written(output / "settings.json") if arguments.resume else {}
     kind_of: Any = TrainingArguments
     parser = HfArgumentParser(kind_of, prog="fused-po train", usage="see --help", allow_abbrev=False)
-    ours = {name: value for name, value in vars(arguments).items() if name in TrainingArguments.__dataclass_fields__}
+    fields = TrainingArguments.__dataclass_fields__
+    ours = {name: value for name, value in vars(arguments).items() if name in fields and value is not None}
     own = {
+        "eval_steps": arguments.eval_steps or 20,
         "output_dir": str(output),
         "max_steps": steps,
         "warmup_steps": max(0, steps) // 10,
@@ -262,10 +295,13 @@ def _engine(arguments: argparse.Namespace) -> Any:
         args, rest = parser.parse_args_into_dataclasses(arguments.rest, True, look_for_args_file=False)
     except Exception as error:
         # of a package that is not there, a file that is none, ...: it has no common base
-        said = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"arguments of the engine: {said or type(error).__name__}") from None
+        raise ValueError(f"arguments of the engine: {shortened(error, 300)}") from None
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)} (neither of fused-po train nor of TrainingArguments)")
+    if not evaluates and args.eval_strategy != "no":
+        raise ValueError("--eval-strategy wants --eval-data")
+    if kind.type == "cpu" and (args.fp16 or args.use_liger_kernel):
+        raise ValueError(f"{'--fp16' if args.fp16 else '--use-liger-kernel'} needs a GPU")
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
     return args
 
@@ -317,7 +353,7 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     step, state = _step(found), output / "model" / TRAINER_STATE_NAME
     done = _written(state).get("global_step") if state.exists() else None
     if step > steps > 0 or step == steps == done:
-        raise ValueError(f"nothing to resume: {output} holds all {steps} steps; more --steps continue it")
+        raise ValueError(f"nothing to resume: {output} has taken {step} steps; --steps above that continue it")
     for path in Path(found).iterdir():
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} can't be read: it is not whole")

@@ -71,4 +71,7 @@ class Averages:
         if {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= set(found):
             # of single answers the sides need not be as many
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        elif {"rewards/chosen", "rewards/rejected"} & set(found):
+            # answers of one side have no margin
+            found.pop("rewards/margins", None)
         return found

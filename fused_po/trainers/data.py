@@ -12,6 +12,7 @@ beginning, which TRL takes apart at the wrong end, are refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -100,6 +101,8 @@ def load_preferences(
     form = Form.of(_numbered(raw, source), source, bool(tokenizer.chat_template))
     if not (form.paired or single):
         raise PreferenceError(f"{source}: holds single answers (completion, label), the loss takes pairs")
+    if form.chat and not tokenizer.chat_template:
+        raise PreferenceError(f"{source}: holds chat messages, and the tokenizer has no chat template")
     encoder = _Encoder(tokenizer, form, single, max_length, on_too_long == "refuse", vocabulary)
     # of errors of any kind, those of our own are not hidden
     with _reading(source, (ValueError, RuntimeError, OSError)):
@@ -185,7 +188,7 @@ class _Encoder:
         state = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
         added = getattr(tokenizer, "init_kwargs", {}).get("add_eos_token")
         own = [state, tokenizer.chat_template, tokenizer.eos_token, added, form.layout, form.chat, form.paired]
-        return [2, *own, self.single, self.max_length, self.refuse, self.vocabulary]
+        return [3, *own, self.single, self.max_length, self.refuse, self.vocabulary]
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
@@ -246,8 +249,8 @@ class _Encoder:
         if max(starts) >= self.max_length or not any(tokens):
             long = max(starts) >= self.max_length
             return [], [], [], [], f"dropped: {'the prompt alone reaches the length' if long else 'no token to learn'}"
-        notes = ["identical answers"] if len(row.answers) == 2 and row.answers[0] == row.answers[1] else []
-        notes += ["empty answers"] * sum(not answer for answer in row.answers)
+        notes = ["with identical answers"] if len(row.answers) == 2 and row.answers[0] == row.answers[1] else []
+        notes += ["with an empty answer"] if not all(row.answers) else []
         notes += ["cut to the length"] if longest > self.max_length else []
         if any(name.startswith("ref_") and value is not None for name, value in row.given.items()):
             notes += ["with log-probs of another reference, which are not read"]
@@ -267,11 +270,15 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
         options |= {"cache_dir": str(_cache() / content[:32])} if content else {}
         if path.is_file():
             options["data_files"] = str(path)
+            if not path.stat().st_size:
+                raise PreferenceError(f"{source}: is empty")
         if path.is_file() and kind in (".csv", ".tsv"):
             options |= {"sep": "," if kind == ".csv" else "\t", "keep_default_na": False, "encoding": "utf-8-sig"}
-            names = datasets.load_dataset("csv", **options | {"streaming": True}).take(1).to_list()[0]
+            first = next(iter(datasets.load_dataset("csv", **options | {"streaming": True})), None)
+            if first is None:
+                raise PreferenceError(f"{source}: holds no pair")
             # an answer of digits is a text
-            options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
+            options["features"] = datasets.Features({name: datasets.Value("string") for name in first})
             found = datasets.load_dataset("csv", **options)
         elif path.is_file() and kind in (".parquet", ".arrow"):
             found = _validated(datasets.load_dataset(kind[1:], **options))
@@ -285,7 +292,7 @@ def _read(source: str, rows: int | None) -> tuple[Any, str]:
             found = datasets.load_from_disk(str(path))
             found = _validated(found[split] if isinstance(found, datasets.DatasetDict) else found)
         elif not path.exists() and (kind in _FILES or source.startswith((".", "/", "~"))):
-            raise FileNotFoundError("no such file or folder")
+            raise PreferenceError(f"{source}: can't be read (no such file or folder)")
         else:
             name, _, other = source.partition(":")
             found = datasets.load_dataset(name, **options | {"split": other or split})
@@ -308,7 +315,11 @@ def _reading(source: str, kinds: Any = Exception) -> Iterator[None]:
     except PreferenceError:
         raise
     except kinds as error:
-        raise PreferenceError(f"{source}: can't be read ({shortened(error.__cause__ or error)})") from None
+        said = shortened(error.__cause__ or error)
+        if getattr(error.__cause__ or error, "errno", None) == errno.ENOSPC:
+            raise PreferenceError(f"{source}: what is read can't be kept in {_cache()} ({said})") from None
+        here = "" if Path(source).expanduser().exists() else "no file or folder here; "
+        raise PreferenceError(f"{source}: can't be read ({here}{said})") from None
 
 
 def _numbered(raw: Any, source: str) -> Iterator[tuple[int, dict[str, Any]]]:

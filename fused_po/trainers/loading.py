@@ -51,7 +51,7 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # what readers of a broken file raise has no common base
-        raise ValueError(f"no tokenizer for {name!r}: {_said(error)}") from None
+        raise ValueError(f"no tokenizer for {_named(name)}: {_said(error)}") from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -75,7 +75,7 @@ def load_model(name: str, tokenizer: Any, seed: int) -> Any:
                 return AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
             return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except Exception as error:
-            raise ValueError(f"no model for {name!r}: {_said(error)}") from None
+            raise ValueError(f"no model for {_named(name)}: {_said(error)}") from None
     config = LlamaConfig(
         # as real heads, a multiple of a power of two with unused rows behind the tokens
         vocab_size=TINY_VOCAB,
@@ -110,6 +110,10 @@ def _train_tokenizer(texts: Iterable[str]) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = _TEMPLATE
     return fast
+
+
+def _named(name: str) -> str:
+    return repr(name) if Path(name).exists() else f"{name!r}, which is no folder here"
 
 
 def _said(error: Exception) -> str:

@@ -84,9 +84,12 @@ class PreferenceTrainer(Trainer):
             says is cached by its weights and the rows. A loss that reads no reference asks none.
         options: of ``Trainer``.
 
+    Attributes:
+        reference_rows: how many rows this process asked the reference for; the others came from the cache.
+
     Raises:
         ValueError: a loss that preferences can't train, rows or a split that do not suit it, no parameter to train,
-            several GPUs in one process.
+            several GPUs in one process, an argument that only the engine's own loss reads.
     """
 
     # of transformers 5; older ones ask model_accepts_loss_kwargs
@@ -106,9 +109,12 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         check_trainable(loss)
         check_split(None if split is None else split.at(0.0), loss)
+        if args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not read: take the loss 'conservative' or 'robust'")
         if not trained(model):
             raise ValueError("no parameter of the model is trained: all are frozen")
         self.loss, self.split, self._reference = loss, split, reference
+        self.reference_rows = 0
         self._train, self._eval, self._steps = Averages(), Averages(), 0
         self._eval_totals: Tensor | None = None
         self._prepared_ones: list[Any] = []
@@ -152,7 +158,8 @@ class PreferenceTrainer(Trainer):
         if not reads_reference(self.loss):
             found = rows.select(places)
         elif self.state.global_step and self._reference is None:
-            raise ValueError("the reference log-probs of further rows must be made before training")
+            remedy = "name them as eval_dataset, or give reference="
+            raise ValueError(f"the reference log-probs of further rows must be made before training: {remedy}")
         else:
             found = with_reference(self, cast(nn.Module, self._reference or self.model), rows, places, self._pad)
         self._prepared_ones.append(found)

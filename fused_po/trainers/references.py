@@ -49,6 +49,7 @@ def with_reference(trainer: Any, model: nn.Module, rows: Any, places: Sequence[i
     key = [_content(model), rows._fingerprint, args.bf16, args.fp16, mismatch]
 
     def said(columns: Mapping[str, Sequence[Any]], at: Sequence[int]) -> dict[str, list[Any]]:
+        trainer.reference_rows += len(at)
         part = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if mismatch:
             part = [row | mismatched(rows, place) for row, place in zip(part, at, strict=True)]

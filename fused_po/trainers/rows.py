@@ -112,12 +112,13 @@ class Form:
 
     def _checked(self, row: dict[str, Any], where: str) -> Row:
         """A row with TRL's columns; where there is no prompt, what both answers begin with becomes it."""
-        names = ["chosen", "rejected"] if {"chosen", "rejected"} & row.keys() else ["completion"]
-        paired = len(names) == 2
+        paired = bool({"chosen", "rejected"} & row.keys()) or (self.paired and "completion" not in row)
+        names = ["chosen", "rejected"] if paired else ["completion"]
         missing = [name for name in names if row.get(name) is None]
         if missing or not (paired or row.get("prompt") is not None):
             wanted = "prompt, chosen, rejected or prompt, completion, label"
-            raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}")
+            got = shortened(", ".join(name for name, value in row.items() if value is not None) or "none of them")
+            raise PreferenceError(f"{where}: no {missing[0] if missing else 'prompt'}; wanted are {wanted}, got {got}")
         values = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
         for name, value in values.items():
             if not (_is_chat(value) if self.chat else isinstance(value, str)):
@@ -201,6 +202,8 @@ def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(content, str | None):
         # a template would print it
         raise PreferenceError(f"{where}: a message holds something else than text")
+    if content is None and not one.keys() - {"role", "content", "name"}:
+        raise PreferenceError(f"{where}: a message without content")
     return one
 
 

@@ -15,8 +15,9 @@ __all__ = ["add_line", "begin_lines", "json_lines", "put", "unfinished", "write_
 
 def write_text(path: Path, text: str) -> None:
     aside = unfinished(path)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with writing(str(path)):
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
 
 
 def unfinished(path: Path) -> Path:
