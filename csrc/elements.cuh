@@ -106,14 +106,13 @@ DEVICE Quad load_vector(const unsigned char* row, int width, int column) {
   return quad;
 }
 
-// U vectors, `step` columns apart from `column` on, each as load_vector gives it; true where all of them lie within the
+// U vectors, `step` columns apart from `column` on, each as load_vector gives it; `whole`: all of them lie within the
 // row. Every load is under way before the first result is used, where rows do not begin on 16 bytes too.
 template <class E, int U>
-DEVICE bool load_vectors(Quad (&quads)[U], const unsigned char* row, int width, int column, int step) {
+DEVICE void load_vectors(Quad (&quads)[U], const unsigned char* row, int width, int column, int step, bool whole) {
   const unsigned char* address = row + static_cast<int64_t>(column) * E::kBytes;
   const int64_t stride = static_cast<int64_t>(step) * E::kBytes;
   const unsigned shift = misalignment(address);
-  const bool whole = column >= 0 && column + (U - 1) * step + kColumns<E> <= width;
   const unsigned char* low = address - shift;
   const unsigned char* end = row + static_cast<int64_t>(width) * E::kBytes;
   if (whole && shift == 0) {
@@ -131,7 +130,6 @@ DEVICE bool load_vectors(Quad (&quads)[U], const unsigned char* row, int width, 
 #pragma unroll
     for (int u = 0; u < U; u++) quads[u] = load_vector<E>(row, width, column + u * step);
   }
-  return whole;
 }
 
 // What is written is cut into vectors so that they are aligned in `out`: the first vector begins at this column, up to

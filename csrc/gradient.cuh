@@ -81,7 +81,8 @@ row_grad_kernel(const KERNEL_PARAMETER RowArgs args) {
 #pragma unroll 1
   for (int column = first; column < end; column += pass) {
     Quad quads[kInFlight];
-    const bool whole = load_vectors<E>(quads, place.x, args.width, column, step);
+    const bool whole = column >= 0 && column + (kInFlight - 1) * step + N <= args.width;
+    load_vectors<E>(quads, place.x, args.width, column, step, whole);
 #pragma unroll
     for (int u = 0; u < kInFlight; u++) {
       if (!whole && column + u * step >= args.width) break;

@@ -85,24 +85,26 @@ DEVICE void softmax_resident(const RowArgs& args) {
   const int thread = device::thread_index(), threads = device::thread_count();
   const int rank = device::cluster_rank(), size = static_cast<int>(device::cluster_size());
   const Place place(args, device::block_index() / device::cluster_size(), kSoftcap);
+  const Units units(place.transform.scale);
   if (place.ignored) {
     store_zeros(place.out, args.out_code, 0, args.out_width, rank * threads + thread, size * threads);
-    if (rank == 0 && thread == 0) store_partials(args, place.row, Sweep<kWanted>(), -kInfinity);
+    if (rank == 0 && thread == 0) store_partials(args, place.row, Sweep<kWanted>(units), -kInfinity);
     return;
   }
   const Share<E> share(args, place, device::shared_memory() + sizeof(Scratch), rank);
   share.load(args, scratch->landings);
   const Target target = load_target<E, kSoftcap>(args, place);
   device::block_barrier();
-  Sweep<kWanted> sweep;
+  Sweep<kWanted> sweep(units);
   uint64_t* landing = scratch->landings;
-  const int chunk = args.chunk_vectors * N;
+  // no vector is plain where each u needs another sign
+  const int chunk = args.chunk_vectors * N, plain_end = !kSoftcap && units.flipped() ? 0 : args.width;
   for (int begin = share.first; begin < share.last; begin += chunk) {
     device::landing_wait(landing++);
     const int end = begin + chunk < share.last ? begin + chunk : share.last;
 #pragma unroll(kUnrolled)
     for (int column = begin + thread * N; column < end; column += threads * N) {
-      const bool plain = column + N <= args.width && static_cast<unsigned>(place.target - column) >= N;
+      const bool plain = column + N <= plain_end && static_cast<unsigned>(place.target - column) >= N;
       absorb_vector<E, kSoftcap>(sweep, share.load_vector(column), args, place, column, plain);
     }
   }

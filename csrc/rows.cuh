@@ -91,8 +91,10 @@ DEVICE bool holds_target(const Place& place, int first, int step, int begin, int
 
 template <int kWanted>
 DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted>& sweep, float target) {
-  const float sum = sweep.sum + sweep.sum_low;
-  const float values[7] = {sweep.top, sum, target, sweep.weighted, sweep.square, sweep.total, sweep.before};
+  const Units& units = sweep.units;
+  const float sum = sweep.sum + sweep.sum_low, weighted = device::product(sweep.weighted, kLn2);
+  const float values[7] = {units.logit(sweep.top), sum, target, weighted, sweep.square,
+                           device::product(sweep.total, fabsf(units.scale)), units.logit(sweep.before)};
 #pragma unroll
   for (int i = 0; i < 7; i++) device::store_global(args.partials + i * args.rows + row, values[i]);
 }
@@ -100,26 +102,40 @@ DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted
 template <class E, bool kSoftcap, int kWanted>
 DEVICE void absorb_vector(Sweep<kWanted>& sweep, const Quad& quad, const RowArgs& args, const Place& place, int column,
                           bool plain) {
-  float z[kColumns<E>], bend;
-  decode<E>(quad, z);
+  float u[kColumns<E>], bend;
+  decode<E>(quad, u);
 #pragma unroll
-  for (int i = 0; i < kColumns<E>; i++) z[i] = to_logit<kSoftcap>(z[i], place.transform, bend);
-  sweep.absorb(z, column, args.width, place.target, plain);
+  for (int i = 0; i < kColumns<E>; i++) u[i] = unscaled_logit<kSoftcap>(u[i], place.transform, bend);
+  if (plain) {
+    sweep.absorb_plain(u, column, place.target);
+  } else {
+    // a softcap is positive
+    sweep.absorb(u, column, args.width, place.target, kSoftcap ? 1.0f : sweep.units.sign());
+  }
 }
 
 // A block reads a row from global memory once.
 template <class E, bool kSoftcap, int kWanted>
 DEVICE void stream_row(Sweep<kWanted>& sweep, const RowArgs& args, const Place& place) {
   constexpr int N = kColumns<E>;
-  const int step = device::thread_count() * N;
-  for (int column = device::thread_index() * N; column < args.width; column += kInFlight * step) {
+  const int first = device::thread_index() * N, step = device::thread_count() * N, pass = kInFlight * step;
+  for (int column = first; column < args.width; column += pass) {
     Quad quads[kInFlight];
-    const bool whole = load_vectors<E>(quads, place.x, args.width, column, step);
-    const bool plain = whole && !holds_target<N>(place, column, step, column, column + kInFlight * step);
+    const bool whole = column + (kInFlight - 1) * step + N <= args.width;
+    load_vectors<E>(quads, place.x, args.width, column, step, whole);
+    const unsigned ahead = static_cast<unsigned>(place.target - column);
+    const bool elsewhere = ahead >= static_cast<unsigned>(pass) || ahead % static_cast<unsigned>(step) >= N;
+    if (whole && elsewhere && (kSoftcap || !sweep.units.flipped())) {
 #pragma unroll
-    for (int u = 0; u < kInFlight; u++) {
-      if (!whole && column + u * step >= args.width) break;
-      absorb_vector<E, kSoftcap>(sweep, quads[u], args, place, column + u * step, plain);
+      for (int u = 0; u < kInFlight; u++) {
+        absorb_vector<E, kSoftcap>(sweep, quads[u], args, place, column + u * step, true);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kInFlight; u++) {
+        if (column + u * step >= args.width) break;
+        absorb_vector<E, kSoftcap>(sweep, quads[u], args, place, column + u * step, false);
+      }
     }
   }
 }
@@ -127,15 +143,18 @@ DEVICE void stream_row(Sweep<kWanted>& sweep, const RowArgs& args, const Place& 
 // What turns logits into G = (1[v = y] - p) J. All elements are made alike, then the target's is written over.
 template <class E, bool kSoftcap>
 struct Softmax {
-  float base;
+  float base;    // -p_v = factor 2^((u_v - base) bits), here with the sign of the scale in `bits`
+  float bits;
   float own;     // the target's element: 1 - p_y, exact at both ends, times its slope
-  float factor;  // -p_v e^{base - z_v} times the slope, without its bend
+  float factor;  // times the slope, without its bend
 
   template <int kWanted>
   DEVICE Softmax(const Sweep<kWanted>& sweep, const Target& target, const Transform& transform) {
+    const Units& units = sweep.units;
     const float sum = sweep.sum + sweep.sum_low;
-    const float margin = (sweep.top - target.logit) + logf(sum);
-    base = sweep.origin;
+    const float margin = (units.logit(sweep.top) - target.logit) + logf(sum);
+    base = device::product(sweep.origin, units.sign());
+    bits = device::product(units.bits, units.sign());
     own = 1.0f / (1.0f + expf(-margin));
     const float rest = sum == 0.0f ? 0.0f : -(own / sum);
     own = device::product(own, target.slope);
@@ -149,8 +168,8 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < N; i++) {
       float bend;
-      const float z = to_logit<kSoftcap>(g[i], place.transform, bend);
-      g[i] = device::product(factor, exp_shift(z - base));
+      const float u = unscaled_logit<kSoftcap>(g[i], place.transform, bend);
+      g[i] = device::product(factor, device::exp2_fast(device::product(u - base, bits)));
       if constexpr (kSoftcap) g[i] = device::product(g[i], bend);
     }
     store_vector(place.out, args.out_code, column, g, begin, end);
@@ -167,7 +186,7 @@ KERNEL(kMaxThreads, 2)
 row_stats_kernel(const KERNEL_PARAMETER RowArgs args) {
   Scratch* scratch = reinterpret_cast<Scratch*>(device::shared_memory());
   const Place place(args, device::block_index(), kSoftcap);
-  Sweep<kWanted> sweep;
+  Sweep<kWanted> sweep{Units(place.transform.scale)};
   Target target;
   if (!place.ignored) {
     stream_row<E, kSoftcap>(sweep, args, place);
@@ -186,7 +205,7 @@ row_softmax_kernel(const KERNEL_PARAMETER RowArgs args) {
   Scratch* scratch = reinterpret_cast<Scratch*>(device::shared_memory());
   const int thread = device::thread_index(), threads = device::thread_count();
   const Place place(args, device::block_index(), kSoftcap);
-  Sweep<kWanted> sweep;
+  Sweep<kWanted> sweep{Units(place.transform.scale)};
   Target target;
   if (!place.ignored) {
     stream_row<E, kSoftcap>(sweep, args, place);
@@ -196,7 +215,8 @@ row_softmax_kernel(const KERNEL_PARAMETER RowArgs args) {
     const int first = first_stored<N>(place.out, args.out_code) + thread * N, step = threads * N;
     for (int column = first; column < args.width; column += kInFlightAgain * step) {
       Quad quads[kInFlightAgain];
-      const bool whole = load_vectors<E>(quads, place.x, args.width, column, step);
+      const bool whole = column >= 0 && column + (kInFlightAgain - 1) * step + N <= args.width;
+      load_vectors<E>(quads, place.x, args.width, column, step, whole);
 #pragma unroll
       for (int u = 0; u < kInFlightAgain; u++) {
         if (!whole && column + u * step >= args.width) break;

@@ -2,14 +2,10 @@
 // What each number is: fused_po/kernels/contract.py.
 #pragma once
 
-#include <cmath>
-
 #include "elements.cuh"
+#include "transform.cuh"
 
 namespace fused_po {
-
-constexpr float kInfinity = INFINITY;
-constexpr float kLog2e = 1.4426950408889634f;
 
 // warps of a block and bulk copies of a row's share, at most
 constexpr int kWarps = 16;
@@ -18,43 +14,27 @@ constexpr int kLandings = 8;
 // which partials are made beside maximum, sum and target; the others stay 0
 enum Wanted : int { kWeighted = 1, kSquare = 2, kTotal = 4, kBefore = 8, kEverything = 15 };
 
-// e^shift. The shift comes from a subtraction in full float32: folding log2(e) into the logits first
-// would round logits far from 0.
-DEVICE float exp_shift(float shift) { return device::exp2_fast(device::product(shift, kLog2e)); }
+// A sweep's sums are relative to its origin, which follows the maximum from this far: most new maxima of a row are little
+// above the one before, and changing the origin costs more than a vector's other arithmetic. Small enough that what is
+// subtracted when it follows at last takes no digits from `weighted`.
+constexpr float kSlack = 2.0f;
 
-// from raw head output to logits: z = scale x, or scale tanh(inner x)
-struct Transform {
+// What a sweep counts in: u with the sign of the scale, so that z = |scale| u.
+struct Units {
   float scale;
-  float inner;
-  float slope;  // dz/dx, at 0 where there is a softcap
-};
+  float bits;  // log2(e^z) for each u
 
-// `bend`: dz/dx over `slope`, 1 without a softcap
-template <bool kSoftcap>
-DEVICE float to_logit(float x, const Transform& transform, float& bend) {
-  if constexpr (kSoftcap) {
-    const float a = device::product(x, transform.inner);
-    // up to 0.9 a fit of tanh(a) / a in a^2, relative error 1e-9: beyond, what 1 - tanh|a| is off by weighs little
-    constexpr float kFit[] = {-0.000455454574f, 0.00258265249f, -0.00826452672f, 0.0216635335f,
-                              -0.0539292991f,   0.133329779f,   -0.333333224f};
-    const float a2 = device::product(a, a), size = fabsf(a);
-    float fit = kFit[0];
-#pragma unroll
-    for (int k = 1; k < 7; k++) fit = fmaf(fit, a2, kFit[k]);
-    const float small = fmaf(device::product(fit, a2), a, a);
-    // 2 e^(-2|a|), then 1 - tanh|a|, of which 1 - tanh^2 is made without a difference
-    const float twice = device::exp2_fast(fmaf(size, -2.0f * kLog2e, 1.0f));
-    const float rest = device::product(twice, device::reciprocal_fast(fmaf(0.5f, twice, 1.0f)));
-    const float large = 1.0f - rest;
-    const bool is_small = size < 0.9f;
-    const float tanh = is_small ? small : device::with_sign(large, a);
-    bend = is_small ? fmaf(-tanh, tanh, 1.0f) : fmaf(rest, large, rest);
-    return device::product(tanh, transform.scale);
-  } else {
-    bend = 1.0f;
-    return device::product(x, transform.scale);
+  DEVICE explicit Units(float scale) : scale(scale) {
+    // where the scale is 0, a masked class stays masked
+    const float size = fabsf(scale), least = 1.17549435e-38f;
+    bits = device::product(size < least ? least : size, kLog2e);
   }
-}
+
+  DEVICE bool flipped() const { return scale < 0.0f; }
+  DEVICE float sign() const { return flipped() ? -1.0f : 1.0f; }
+  DEVICE float slack() const { return device::product(kSlack * kLog2e, device::reciprocal_fast(bits)); }
+  DEVICE float logit(float u) const { return u == -kInfinity ? u : device::product(u, fabsf(scale)); }
+};
 
 template <int N>
 DEVICE float tree_sum(const float (&values)[N]) {
@@ -76,13 +56,10 @@ DEVICE float tree_max(const float (&values)[N]) {
   return best;
 }
 
-// A sweep's sums are relative to its origin, which follows the maximum from this far: most new maxima of a row are little
-// above the one before, and changing the origin costs more than a vector's other arithmetic. Small enough that what is
-// subtracted when it follows at last takes no digits from `weighted`.
-constexpr float kSlack = 2.0f;
-
+// All values are in the units of `units`, differences from the origin in bits: e^(z - m) = 2^((u - origin) bits).
 template <int kWanted>
 struct Sweep {
+  Units units;
   float top = -kInfinity;  // the maximum so far over the classes other than the target
   float origin = 0.0f;     // 0 while all classes are masked: -inf - -inf is NaN
   float limit = -kInfinity;
@@ -93,18 +70,23 @@ struct Sweep {
   float total = 0.0f;
   float before = -kInfinity;
 
+  DEVICE explicit Sweep(const Units& units) : units(units) {}
+
+  // of u, in full float32: folding the factor into what is subtracted would round logits far from 0
+  DEVICE float above_origin(float u) const { return device::product(u - origin, units.bits); }
+
   // make the sums relative to `next`, which is finite
   DEVICE void move(float next) {
     const bool empty = limit == -kInfinity;
-    const float shift = empty ? 0.0f : origin - next;
+    const float shift = empty ? 0.0f : -above_origin(next);
     // multiplied, not replaced: a NaN stays
-    const float scale = empty ? 0.0f : exp_shift(shift);
+    const float scale = empty ? 0.0f : device::exp2_fast(shift);
     if (kWanted & kWeighted) weighted = device::product(scale, fmaf(shift, sum, weighted));
     if (kWanted & kSquare) square = device::product(device::product(scale, scale), square);
     sum = device::product(scale, sum);
     sum_low = device::product(scale, sum_low);
     origin = next;
-    limit = next + kSlack;
+    limit = next + units.slack();
   }
 
   // make the sums relative to a maximum that is no smaller
@@ -119,28 +101,39 @@ struct Sweep {
     }
   }
 
-  // One vector whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
-  // shard's. `plain`: it lies within the row and does not hold the target.
+  // One vector u whose first element is `column`; `target` is the target's column, -1 or `width` where it is another
+  // shard's. It lies within the row and does not hold the target, and the sign of the units is 1.
   template <int N>
-  DEVICE void absorb(float (&z)[N], int column, int width, int target, bool plain) {
-    if (!plain) {
+  DEVICE void absorb_plain(const float (&u)[N], int column, int target) {
+    const float best = tree_max(u);
+    if (kWanted & kTotal) total += tree_sum(u);
+    if ((kWanted & kBefore) && column < target) before = fmaxf(before, best);
+    add(u, best);
+  }
+
+  // one vector of x or tanh(inner x), wherever it lies; `sign` is that of the units
+  template <int N>
+  DEVICE void absorb(float (&u)[N], int column, int width, int target, float sign) {
+    const int left = width - column, own = target - column, first = own < left ? own : left;
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        if ((kWanted & kTotal) && column + i < width) total += z[i];
-        if ((kWanted & kBefore) && column + i < min_of(target, width)) before = fmaxf(before, z[i]);
-        if (column + i >= width || column + i == target) z[i] = -kInfinity;
-      }
+    for (int i = 0; i < N; i++) {
+      u[i] = device::product(u[i], sign);
+      if ((kWanted & kTotal) && i < left) total += u[i];
+      if ((kWanted & kBefore) && i < first) before = fmaxf(before, u[i]);
+      if (i >= left || i == own) u[i] = -kInfinity;
     }
-    const float best = tree_max(z);
-    if ((kWanted & kTotal) && plain) total += tree_sum(z);
-    if ((kWanted & kBefore) && plain && column < target) before = fmaxf(before, best);
+    add(u, tree_max(u));
+  }
+
+  template <int N>
+  DEVICE void add(const float (&u)[N], float best) {
     top = fmaxf(top, best);
     if (best > limit) move(best);
     float e[N], weights = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const float shift = z[i] - origin;
-      e[i] = exp_shift(shift);
+      const float shift = above_origin(u[i]);
+      e[i] = device::exp2_fast(shift);
       if (kWanted & kWeighted) weights = fmaf(e[i], shift, weights);
       if (kWanted & kSquare) squares = fmaf(e[i], e[i], squares);
     }
@@ -149,13 +142,11 @@ struct Sweep {
       // a masked class: 0 times -inf; or NaN, which stays
       weights = 0.0f;
 #pragma unroll
-      for (int i = 0; i < N; i++) weights = fmaf(e[i], fmaxf(z[i] - origin, -1e4f), weights);
+      for (int i = 0; i < N; i++) weights = fmaf(e[i], fmaxf(above_origin(u[i]), -1e4f), weights);
     }
     if (kWanted & kWeighted) weighted += weights;
     if (kWanted & kSquare) square += squares;
   }
-
-  static DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 };
 
 // shared memory of a block, the row's share follows
@@ -216,8 +207,8 @@ DEVICE void store_sweep(float* place, const Sweep<kWanted>& sweep) {
 
 // `load` turns a place of `store_sweep` into its value
 template <int kWanted, class Load>
-DEVICE Sweep<kWanted> load_sweep(const float* place, Load load) {
-  Sweep<kWanted> sweep;
+DEVICE Sweep<kWanted> load_sweep(const Units& units, const float* place, Load load) {
+  Sweep<kWanted> sweep(units);
   sweep.top = sweep.limit = load(place);
   sweep.origin = sweep.top == -kInfinity ? 0.0f : sweep.top;
   sweep.sum = load(place + 1);
@@ -237,9 +228,9 @@ DEVICE void merge_block(Sweep<kWanted>& sweep, Scratch* scratch) {
   merge_lanes(sweep);
   if (lane == 0) store_sweep(scratch->warps[warp], sweep);
   device::block_barrier();
-  sweep = Sweep<kWanted>();
+  sweep = Sweep<kWanted>(sweep.units);
   if (lane < device::thread_count() / device::kWarp) {
-    sweep = load_sweep<kWanted>(scratch->warps[lane], [](const float* p) { return device::load_shared<float>(p); });
+    sweep = load_sweep<kWanted>(sweep.units, scratch->warps[lane], device::load_shared<float>);
   }
   merge_lanes(sweep);
 }
@@ -255,16 +246,17 @@ DEVICE void merge_cluster(Sweep<kWanted>& sweep, Scratch* scratch) {
   device::cluster_arrive();
   device::cluster_wait();
   if (warp == 0) {
-    sweep = Sweep<kWanted>();
+    sweep = Sweep<kWanted>(sweep.units);
     if (lane < static_cast<int>(device::cluster_size())) {
-      sweep = load_sweep<kWanted>(scratch->block, [lane](const float* p) { return device::load_peer(p, lane); });
+      const auto load = [lane](const float* place) { return device::load_peer(place, lane); };
+      sweep = load_sweep<kWanted>(sweep.units, scratch->block, load);
     }
     merge_lanes(sweep);
     if (lane == 0) store_sweep(scratch->cluster, sweep);
   }
   device::cluster_arrive_relaxed();
   device::block_barrier();
-  sweep = load_sweep<kWanted>(scratch->cluster, [](const float* p) { return device::load_shared<float>(p); });
+  sweep = load_sweep<kWanted>(sweep.units, scratch->cluster, device::load_shared<float>);
 }
 
 #endif  // FUSED_PO_CLUSTERS

@@ -274,3 +274,25 @@ def test_a_case_that_makes_no_sense_is_refused_in_words():
         backend.row_stats(problem.x[:, :200], problem.labels, PLAIN, Span(0, 300), ("logp",))
     with pytest.raises(RuntimeError, match="in place, the output has the type and stride of the logits"):
         softmax(backend, problem, problem.x.view(torch.float16))
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("logit_scale", [-1.5, 0.0])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_scale_that_is_not_positive(gpu, logit_scale, softcap):
+    """What a sweep follows is then the smallest raw logit, or none; the target stays masked."""
+    given = problem_of(3, 3001, torch.float32)
+    transform = Transform(softcap=softcap, logit_scale=logit_scale)
+    problem, span = KernelProblem(given.x, given.labels, transform, 2999), Span(0, 2999)
+    out = torch.empty_like(problem.x)
+    got, _ = finish(softmax(Fibers(gpu), problem, out), problem.labels, 2999, STATISTICS)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x, gradient = problem.x.to(dtype), torch.empty_like(problem.x, dtype=dtype)
+        partials = reference.row_softmax(x, problem.labels, transform, span, STATISTICS, gradient)
+        results.append((finish(partials, problem.labels, 2999, STATISTICS)[0], gradient))
+    (naive, naive_gradient), (truth, true_gradient) = results
+    assert_accurate(out, naive_gradient, true_gradient, "G")
+    for name in ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs"):
+        assert_accurate(getattr(got, name), getattr(naive, name), getattr(truth, name), name)
+    assert torch.equal(got.is_top1, truth.is_top1)
