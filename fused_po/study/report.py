@@ -124,7 +124,7 @@ def in_words(findings: Sequence[Finding], plots: str, failures: Mapping[int, str
     for verdict in sorted({one.verdict for one in tested}, key=lambda one: (one != "supported", one)):
         lines = [
             f"**{verdict}**: {one.claim.text} Measured: {one.claim.number}; {one.text}, effect size "
-            f"{one.estimate.effect}, p {one.chance}. Said by {one.claim.source}. {one.claim.note}"
+            f"{one.estimate.effect}, p {one.chance}. Source: {one.claim.source}. {one.claim.note}"
             for one in tested
             if one.verdict == verdict
         ]
@@ -132,7 +132,7 @@ def in_words(findings: Sequence[Finding], plots: str, failures: Mapping[int, str
         parts += [f"## {verdict.capitalize()}", _items(lines, shown, plots)]
     looked = [one for one in findings if not one.claim.confirmatory]
     if looked:
-        lines = [f"{one.claim.text} {one.claim.number.capitalize()}: {one.text}." for one in looked]
+        lines = [f"{one.claim.text} Measured: {one.claim.number}; {one.text}." for one in looked]
         parts += [
             "## Looked at besides",
             "Without verdicts; above 0, what is said is so.",
