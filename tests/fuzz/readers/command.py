@@ -196,7 +196,7 @@ def settings(data: bytes, folder: Path) -> None:
 
     given = run_of(folder, data)
 
-    def compared(arguments: Any) -> int:
+    def compared(arguments: Any, *told: Any) -> int:
         train._checkpoint(arguments, train._engine(arguments))
         raise Reached
 
