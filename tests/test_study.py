@@ -27,6 +27,12 @@ from fused_po.study.task import Prompt, all_prompts, demonstration, paraphrase, 
 from tests.small_study import SMALL, small_results
 
 
+def curve(curves: Curves, seed: int, method: str, metric: str, arm: str = "full") -> dict[int, float]:
+    """step -> value of one seed."""
+    row = curves.array(method, metric, arm)[curves.seeds.index(seed)]
+    return dict(zip(curves.steps(method, metric, arm), row.tolist(), strict=True))
+
+
 @pytest.fixture
 def results():
     return small_results()
@@ -71,27 +77,27 @@ def test_demonstrations_are_right_but_for_the_noise():
 def test_all_arms_begin_at_the_same_start(results):
     curves = Curves(results)
     for metric in ("reward/held_out", "entropy/train", "dpo_loss/held_out"):
-        assert len({curves.curve(0, m, metric, arm)[0] for m in METHODS for arm in ARMS[m]}) == 1
+        assert len({curve(curves, 0, m, metric, arm)[0] for m in METHODS for arm in ARMS[m]}) == 1
     for method in METHODS:
         first = {
-            name: curves.curve(0, method, name, "no negative")[0] for name in curves.metrics(method, "no negative")
+            name: curve(curves, 0, method, name, "no negative")[0] for name in curves.metrics(method, "no negative")
         }
         assert first["kl/train"] == pytest.approx(0.0, abs=1e-6)
         assert first["drift/chosen"] == pytest.approx(0.0, abs=1e-5) == first["drift/rejected/reworded"]
         assert first["accuracy/held_out"] == 0.5 and first["margin/train"] == pytest.approx(0.0, abs=1e-6)
         # and do not stay there; the penalty is 0 in the first rollout, of four updates
-        ends = {curves.curve(0, method, "dpo_loss/held_out", arm)[SMALL.steps] for arm in ARMS[method]}
+        ends = {curve(curves, 0, method, "dpo_loss/held_out", arm)[SMALL.steps] for arm in ARMS[method]}
         assert len(ends) == len(ARMS[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_of_g_sum_to_the_whole(results, method):
     curves = Curves(results)
-    whole = curves.curve(0, method, "G")
+    whole = curve(curves, 0, method, "G")
     assert list(whole) == list(SMALL.measured) == [0, 2, 4, 6, 8]
     for step, value in whole.items():
         at = {
-            name: curves.curve(0, method, name)[step]
+            name: curve(curves, 0, method, name)[step]
             for name in curves.metrics(method)
             if step or "successive" not in name
         }
@@ -142,7 +148,7 @@ def test_a_penalty_keeps_the_policy_at_its_start(monkeypatch):
     for loss in ("ppo", "grpo"):
         settings = replace(SMALL, policy_loss=loss, steps=24, checkpoints=5, ppo_lr=3e-3)
         curves = Curves(run_seed(0, settings))
-        free, held = (curves.curve(0, "ppo", "kl/train", arm)[24] for arm in arms)
+        free, held = (curve(curves, 0, "ppo", "kl/train", arm)[24] for arm in arms)
         assert held < 0.7 * free
 
 
@@ -167,7 +173,7 @@ def test_grpo_instead_of_ppo():
     settings = replace(SMALL, policy_loss="grpo", generations=4)
     curves = Curves(run_seed(1, settings))
     # a group of equal rewards has no gradient; here some groups differ
-    assert any(value != 0.0 for value in curves.curve(1, "ppo", "G").values())
+    assert any(value != 0.0 for value in curve(curves, 1, "ppo", "G").values())
 
 
 def _written(results, folder, seeds=1, settings=SMALL, **options):

@@ -340,7 +340,7 @@ def test_the_plan_is_said_and_nothing_is_written(
 ) -> None:
     assert main([*flags(reward="study_rewards:vowels"), "--plan", "--output", str(tmp_path / "x")]) == 0
     said = capsys.readouterr().out
-    for words in ("DPO: beta 0.1, learning rate 0.02", "dpo update:", "rollout:", "G:", "hours"):
+    for words in ("DPO: beta 0.1, learning rate 0.02", "dpo update:", "rollout:", "G:", "updates of a seed on"):
         assert words in said
     assert not (tmp_path / "x").exists()
 

@@ -272,7 +272,7 @@ def test_resume_refuses_another_run(data, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(data, output)) == 0
     assert main(command(data, output, "--resume")) == 2
-    assert "holds all 4 steps" in capsys.readouterr().err
+    assert "has taken 4 steps; --steps above that continue it" in capsys.readouterr().err
     assert main([*command(data, output, "--resume", "--loss", "hinge"), "--steps", "6"]) == 2
     assert "--resume with another --loss: hinge, the run began with sigmoid" in capsys.readouterr().err
     assert main(command(data, tmp_path / "new", "--resume")) == 2

@@ -333,7 +333,7 @@ def _checkpoint(arguments: argparse.Namespace, args: Any) -> str | None:
     """The last checkpoint of the run that ``--resume`` continues; None: it ended before the first one.
 
     Raises:
-        ValueError: it can't be read, holds all steps, or belongs to a run with other arguments.
+        ValueError: it can't be read, has taken all steps, or belongs to a run with other arguments.
     """
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
