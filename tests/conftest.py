@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
+from typing import IO, Any
 
 import pytest
 
@@ -42,3 +43,18 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch sees none")
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved as one white point: painting them takes most of a report's time."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def savefig(figure: Figure, file: IO[Any], format: str, **options: Any) -> None:
+        if format == "svg":
+            file.write("<svg xmlns='http://www.w3.org/2000/svg'/>")
+        else:
+            Image.new("RGB", (1, 1), "white").save(file, format=format)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)

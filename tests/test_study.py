@@ -181,7 +181,7 @@ def _written(results, folder, seeds=1, settings=SMALL, **options):
     return write_report(many, about(settings, list(range(seeds)), "fused-po study", 60.0, **options), folder)
 
 
-def test_a_study_without_any_advantage_has_its_report(monkeypatch, tmp_path):
+def test_a_study_without_any_advantage_has_its_report(monkeypatch, tmp_path, unpainted):
     monkeypatch.setattr(learners.advantages, "group_relative", lambda rewards, **options: torch.zeros_like(rewards))
     settings = replace(SMALL, policy_loss="grpo", generations=4)
     findings = {f.claim.text: f for f in _written(run_seed(0, settings), tmp_path, 3, settings)}
@@ -234,7 +234,7 @@ def test_the_report_holds_every_claim_with_its_plot(results, tmp_path):
     assert [row["kind"] for row in rows].count("confirmatory") == len(CONFIRMATORY)
 
 
-def test_what_seeds_a_report_is_of(results, tmp_path):
+def test_what_seeds_a_report_is_of(results, tmp_path, unpainted):
     findings = _written(results, tmp_path, seeds=3)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert result(findings, 3) in text and "Power: with 3 seeds" in text

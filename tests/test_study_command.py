@@ -27,7 +27,7 @@ def results():
     return small_results()
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, unpainted):
     small = [
         f"--{name.replace('_', '-')}={getattr(SMALL, name)}" for name in ("sft_steps", "steps", "pairs", "samples")
     ]
@@ -100,7 +100,7 @@ def test_ctrl_c_says_one_line_and_keeps_what_is_done(tmp_path):
     assert kept and read_results(output / "seeds" / str(kept[0])).points
 
 
-def test_seeds_that_fail_are_left_out_and_named(results, monkeypatch, tmp_path, capsys):
+def test_seeds_that_fail_are_left_out_and_named(results, monkeypatch, tmp_path, capsys, unpainted):
     failed = Outcome(1, FloatingPointError("the loss is nan; a smaller learning rate?"))
 
     def outcomes(seeds, work, workers, progress):
