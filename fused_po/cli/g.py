@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if arguments.resume and not (output / "settings.json").is_file():
         raise ValueError(f"nothing to resume: {output} holds no measurement")
-    if rank == 0 and not arguments.resume and output.is_dir() and any(output.iterdir()):
+    if rank == 0 and not arguments.resume and whole.begun(output):
         raise ValueError(f"{output} exists and is not empty: choose another folder, or --resume to continue in it")
     unknown = [part for part in arguments.parts.split(",") if part not in PARTS]
     if unknown:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fused_po.cli.arguments import INTERRUPTED, command_of, positive
 from fused_po.cli.progress import Watch
+from fused_po.trainers.whole import begun
 
 __all__ = ["add_flags", "run"]
 
@@ -146,7 +147,7 @@ def _arms(arguments: argparse.Namespace, method: str) -> list[str]:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not (output / "study.json").exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output / "study.json").exists() and (not output.is_dir() or begun(output)):
         raise ValueError(f"{output} exists and is neither an empty folder nor one of such a study")
 
 

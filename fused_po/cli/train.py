@@ -18,6 +18,7 @@ from fused_po.cli.arguments import INTERRUPTED, positive
 from fused_po.cli.objective import loss_of, split_of
 from fused_po.cli.progress import Watch, watched
 from fused_po.trainers.rows import shortened
+from fused_po.trainers.whole import begun
 
 __all__ = ["add_parser", "with_config"]
 
@@ -137,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{output} is a file; --output wants a folder")
     if arguments.resume and not (output / "settings.json").is_file():
         raise ValueError(f"nothing to resume: {output} holds no run")
-    if not arguments.resume and output.is_dir() and any(output.iterdir()):
+    if not arguments.resume and begun(output):
         raise ValueError(f"{output} exists and is not empty: choose another folder, or --resume to continue in it")
     with ExitStack() as silence:
         shown = int(os.environ.get("RANK", "0")) == 0

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_line", "begin_lines", "json_lines", "put", "unfinished", "write_text", "writing"]
+__all__ = ["add_line", "begin_lines", "begun", "json_lines", "put", "unfinished", "write_text", "writing"]
+
+_ASIDE = ".incomplete-"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,7 +24,12 @@ def write_text(path: Path, text: str) -> None:
 
 def unfinished(path: Path) -> Path:
     """Where a file or folder is written before it gets its name."""
-    return path.with_name(f".incomplete-{path.name}")
+    return path.with_name(f"{_ASIDE}{path.name}")
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder is there and holds anything but what a kill left unfinished."""
+    return folder.is_dir() and not all(one.name.startswith(_ASIDE) for one in folder.iterdir())
 
 
 def put(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_po.trainers.whole import add_line, begin_lines, json_lines
+from fused_po.trainers.whole import add_line, begin_lines, begun, json_lines, unfinished
 
 
 def test_lines_that_were_cut_off(tmp_path: Path) -> None:
@@ -28,3 +28,11 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
     path.write_text('{"cut\n{}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"lines.jsonl: line 1 is not JSON"):
         json_lines(path)
+
+
+def test_what_a_kill_left_is_no_beginning(tmp_path: Path) -> None:
+    assert not begun(tmp_path / "x") and not begun(tmp_path)
+    unfinished(tmp_path / "settings.json").touch()
+    assert not begun(tmp_path)
+    (tmp_path / "settings.json").touch()
+    assert begun(tmp_path)
