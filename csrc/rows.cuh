@@ -92,9 +92,9 @@ DEVICE bool holds_target(const Place& place, int first, int step, int begin, int
 template <int kWanted>
 DEVICE void store_partials(const RowArgs& args, int64_t row, const Sweep<kWanted>& sweep, float target) {
   const Units& units = sweep.units;
-  const float sum = sweep.sum + sweep.sum_low, weighted = device::product(sweep.weighted, kLn2);
-  const float values[7] = {units.logit(sweep.top), sum, target, weighted, sweep.square,
-                           device::product(sweep.total, fabsf(units.scale)), units.logit(sweep.before)};
+  const float sum = sweep.sum + sweep.sum_low, size = fabsf(units.scale);
+  const float values[7] = {units.logit(sweep.top), sum, target, device::product(sweep.weighted, size), sweep.square,
+                           device::product(sweep.total, size), units.logit(sweep.before)};
 #pragma unroll
   for (int i = 0; i < 7; i++) device::store_global(args.partials + i * args.rows + row, values[i]);
 }

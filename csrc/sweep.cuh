@@ -2,6 +2,8 @@
 // What each number is: fused_po/kernels/contract.py.
 #pragma once
 
+#include <cfloat>
+
 #include "elements.cuh"
 #include "transform.cuh"
 
@@ -26,8 +28,8 @@ struct Units {
 
   DEVICE explicit Units(float scale) : scale(scale) {
     // where the scale is 0, a masked class stays masked
-    const float size = fabsf(scale), least = 1.17549435e-38f;
-    bits = device::product(size < least ? least : size, kLog2e);
+    const float size = fabsf(scale);
+    bits = device::product(size < FLT_MIN ? FLT_MIN : size, kLog2e);
   }
 
   DEVICE bool flipped() const { return scale < 0.0f; }
@@ -56,7 +58,7 @@ DEVICE float tree_max(const float (&values)[N]) {
   return best;
 }
 
-// All values are in the units of `units`, differences from the origin in bits: e^(z - m) = 2^((u - origin) bits).
+// All values are in the units of `units`: e^(z - m) = 2^((u - origin) bits).
 template <int kWanted>
 struct Sweep {
   Units units;
@@ -72,15 +74,15 @@ struct Sweep {
 
   DEVICE explicit Sweep(const Units& units) : units(units) {}
 
-  // of u, in full float32: folding the factor into what is subtracted would round logits far from 0
-  DEVICE float above_origin(float u) const { return device::product(u - origin, units.bits); }
+  // of a difference in full float32: folding the factor into what is subtracted would round logits far from 0
+  DEVICE float exp_above(float above) const { return device::exp2_fast(device::product(above, units.bits)); }
 
   // make the sums relative to `next`, which is finite
   DEVICE void move(float next) {
     const bool empty = limit == -kInfinity;
-    const float shift = empty ? 0.0f : -above_origin(next);
+    const float shift = empty ? 0.0f : origin - next;
     // multiplied, not replaced: a NaN stays
-    const float scale = empty ? 0.0f : device::exp2_fast(shift);
+    const float scale = empty ? 0.0f : exp_above(shift);
     if (kWanted & kWeighted) weighted = device::product(scale, fmaf(shift, sum, weighted));
     if (kWanted & kSquare) square = device::product(device::product(scale, scale), square);
     sum = device::product(scale, sum);
@@ -132,9 +134,9 @@ struct Sweep {
     float e[N], weights = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const float shift = above_origin(u[i]);
-      e[i] = device::exp2_fast(shift);
-      if (kWanted & kWeighted) weights = fmaf(e[i], shift, weights);
+      const float above = u[i] - origin;
+      e[i] = exp_above(above);
+      if (kWanted & kWeighted) weights = fmaf(e[i], above, weights);
       if (kWanted & kSquare) squares = fmaf(e[i], e[i], squares);
     }
     sum += tree_sum(e);
@@ -142,7 +144,7 @@ struct Sweep {
       // a masked class: 0 times -inf; or NaN, which stays
       weights = 0.0f;
 #pragma unroll
-      for (int i = 0; i < N; i++) weights = fmaf(e[i], fmaxf(above_origin(u[i]), -1e4f), weights);
+      for (int i = 0; i < N; i++) weights = fmaf(e[i], fmaxf(u[i] - origin, -FLT_MAX), weights);
     }
     if (kWanted & kWeighted) weighted += weights;
     if (kWanted & kSquare) square += squares;

@@ -9,7 +9,6 @@ namespace fused_po {
 
 constexpr float kInfinity = INFINITY;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // e^shift. The shift comes from a subtraction in full float32: folding log2(e) into the logits first
 // would round logits far from 0.
