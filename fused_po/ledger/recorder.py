@@ -130,6 +130,11 @@ def _chosen(source: Tensor, mask: Tensor) -> Tensor:
     return source.new_empty(source.numel())
 
 
+def _added(source: Tensor, a: Tensor, b: Tensor, *more: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    # torch 2.11 takes a dtype for a number there
+    return out if more and isinstance(more[0], torch.dtype) else None
+
+
 def _scalar(source: Tensor) -> bool | int | float:
     return torch.ones((), dtype=source.dtype).item()
 
@@ -143,6 +148,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::index": _indexed,
     "aten::index_put_": _indexed,
     "aten::masked_select": _chosen,
+    "aten::addmm": _added,
     "aten::_to_copy": _copied,
     "aten::copy_": _copied_into,
 }
