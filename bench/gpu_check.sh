@@ -14,7 +14,7 @@
 # PYTHON names the interpreter. COMMIT names what is measured where git can't tell; without either it is a hash of the
 # sources, which summary.txt of STAGES=none gives for any checkout.
 # DEVICE=cpu takes the same stages with small cases on a CPU (where tests for a GPU are skipped), to check this script; of
-# them only tune needs Triton's interpreter, which in Triton 3.6 does not run under NumPy 2.5.
+# them only tune needs Triton's interpreter, which in Triton 3.6 does not run under NumPy 2.4.
 set -u
 
 if [ $# -ne 1 ]; then

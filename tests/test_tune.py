@@ -14,6 +14,7 @@ from bench import tune
 from bench.tune import best, write
 from fused_po.bench.rows import textbook
 from fused_po.kernels import configs
+from tests.interpreted import skip_unless_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST, SLOW = {"BLOCK": 8192, "num_warps": 16}, {"BLOCK": 1024, "num_warps": 4}
@@ -99,6 +100,7 @@ def test_a_kernel_that_writes_nothing_is_not_timed(monkeypatch):
 
 def test_a_run(tmp_path):
     """Interpreted: every candidate is held to the accuracy rule and timed."""
+    skip_unless_interpreted()
     done = subprocess.run(
         [sys.executable, "-m", "bench.tune", "--device", "cpu", "--seconds", "0.01", "--output", tmp_path / "run.json"],
         cwd=ROOT,

@@ -9,6 +9,7 @@ import torch
 
 from tests.fuzz.check import failures
 from tests.fuzz.draw import NARROW, draw
+from tests.interpreted import skip_unless_interpreted
 
 EACH = 50
 
@@ -21,8 +22,7 @@ def test_the_reference(first):
 
 @pytest.mark.parametrize("first", range(0, 20, 10))
 def test_the_interpreted_kernels(first):
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled here")
+    skip_unless_interpreted()
     found = {seed: failures(draw(seed, dtypes=NARROW), "triton") for seed in range(first, first + 10)}
     assert {seed: wrong for seed, wrong in found.items() if wrong} == {}
 

@@ -13,6 +13,7 @@ from fused_po.kernels.contract import Coefficients, Span, finish
 from fused_po.ops.plain import plain_stats
 from fused_po.stats import STATISTICS, Stats
 from fused_po.testing import CASES, KernelProblem, assert_accurate
+from tests.interpreted import skip_unless_interpreted
 from tests.kernels import fiber, ptx
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -45,8 +46,8 @@ backends = on_backends()
 
 
 def interpreted_or_skip(backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("the Triton kernels are compiled here, not interpreted")
+    if backend == "triton" and device == "cpu":
+        skip_unless_interpreted()
     if backend.startswith("fibers") and fiber.compiler() is None:
         pytest.skip("the CUDA kernels need a C++ compiler to run on the CPU")
     if "ptx" in backend and (reason := ptx.unavailable_backend(backend)):

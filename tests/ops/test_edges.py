@@ -13,6 +13,7 @@ from fused_po.ops import linear_loss, linear_token_stats, make_plan, token_stats
 from fused_po.ops.coefficients import coefficients
 from fused_po.ops.planning import static_plan
 from fused_po.stats import Stats
+from tests.interpreted import skip_unless_interpreted
 from tests.losses.cases import create, make_batch
 from tests.ops.problems import Problem, relative_error
 
@@ -90,6 +91,8 @@ def test_inference_mode(case):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_labels_with_strides(backend):
+    if backend == "triton":
+        skip_unless_interpreted()
     torch.manual_seed(0)
     logits = torch.randn(5, 23)
     pairs = torch.randint(0, 23, (5, 3))
