@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fused_po.losses.contract import meant
 from fused_po.ops.devices import has_values
@@ -16,6 +17,7 @@ from fused_po.stats import STATISTICS
 
 __all__ = [
     "IGNORE",
+    "TRACES",
     "check_cu_seqlens",
     "check_head",
     "check_labels",
@@ -23,6 +25,7 @@ __all__ = [
     "check_outputs",
     "check_scalars",
     "looks_at",
+    "refuse_older_traces",
     "refuse_transforms",
     "require_floating",
     "require_number",
@@ -34,6 +37,8 @@ __all__ = [
 
 # labels with this value carry no loss
 IGNORE = -100
+# known before a trace, which takes no comparison of versions on older ones
+TRACES = TorchVersion(torch.__version__) >= "2.13"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -61,6 +66,17 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         raise ValueError(f"vocab_size must lie in [1, {weight.shape[0]}], the rows of weight: got {vocab_size}")
     require_floating(hidden=hidden, weight=weight, bias=bias)
     same_device(hidden, weight=weight, bias=bias, labels=labels)
+
+
+def refuse_older_traces(what: str) -> None:
+    """Raise RuntimeError where a gradient would be 0: torch 2.11 hands the backward of a traced call one of 0; of 2.12
+    it is not known.
+    """
+    if torch.compiler.is_compiling() and not TRACES and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} under torch.compile needs torch 2.13 or later, earlier ones make its gradient 0: leave it out "
+            "of what is compiled (torch.compiler.disable), or take token_stats"
+        )
 
 
 def refuse_transforms(what: str) -> None:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.torch_version import TorchVersion
 
 from fused_po.kernels.blocks import leaves_out
 from fused_po.kernels.contract import Coefficients
 from fused_po.losses.contract import Batch, Loss, require_sides
 from fused_po.ops.batches import Number, call_batch, masked_stats
 from fused_po.ops.calls import HeadCall, prepare
-from fused_po.ops.checks import check_outputs, refuse_transforms, require_number
+from fused_po.ops.checks import check_outputs, refuse_older_traces, refuse_transforms, require_number
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, add_scaled, scaled
 from fused_po.ops.loss_pass import LossPass
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["linear_loss"]
-
-# known before a trace, which takes no comparison of versions on older ones
-TRACES = TorchVersion(torch.__version__) >= "2.13"
 
 
 def linear_loss(
@@ -137,7 +133,7 @@ def linear_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels, numbers or side inputs that do not fit the call or the loss.
     """
-    _refuse_older_traces()
+    refuse_older_traces("linear_loss")
     refuse_transforms("linear_loss")
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must come from fused_po.losses.create(name): got {loss!r}")
@@ -254,15 +250,6 @@ class _LinearLoss(torch.autograd.Function):
                 found = gradients.in_dtypes(ctx.dtypes)
         d_hidden = None if found[0] is None else found[0].view(ctx.shape)
         return (d_hidden, *found[1:], *[None] * 9)
-
-
-def _refuse_older_traces() -> None:
-    """torch 2.11 hands the backward of a traced call a gradient of 0; of 2.12 it is not known."""
-    if torch.compiler.is_compiling() and not TRACES:
-        raise RuntimeError(
-            "linear_loss under torch.compile needs torch 2.13 or later, earlier ones make its gradient 0: leave it out "
-            "of what is compiled (torch.compiler.disable), or take linear_token_stats"
-        )
 
 
 def _only_once(ctx: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po.kernels.contract import Coefficients
 from fused_po.ops.calls import HeadCall, prepare, whole
-from fused_po.ops.checks import check_outputs, refuse_transforms
+from fused_po.ops.checks import check_outputs, refuse_older_traces, refuse_transforms
 from fused_po.ops.devices import without_autocast
 from fused_po.ops.gradients import Gradients, Wanted, storage_dtype
 from fused_po.ops.head import Head
@@ -92,6 +92,7 @@ def linear_token_stats(
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit.
     """
+    refuse_older_traces("linear_token_stats")
     refuse_transforms("linear_token_stats")
     check_outputs(outputs)
     ready = prepare(

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from fused_po import Split, losses, splits
-from fused_po.ops import linear_loss, linear_token_stats, make_plan, stats_loss, token_stats
+from fused_po.ops import checks, linear_loss, linear_token_stats, make_plan, stats_loss, token_stats
+from fused_po.ops.checks import TRACES
 from fused_po.ops.coefficients import coefficients
 from tests.losses.cases import create, make_batch
 from tests.ops.problems import H, Problem, V, relative_error
+
+needs_traces = pytest.mark.skipif(not TRACES, reason="only token_stats traces before torch 2.13")
 
 
 def step(name: str, problem: Problem):
@@ -44,11 +47,11 @@ BASES = (
 @pytest.mark.parametrize(
     ("operation", "case", "backend"),
     [
-        ("linear_loss", "sigmoid", "aot_eager"),
-        ("linear_loss", "dapo-all", "aot_eager"),
-        ("linear_loss", "simpo", "inductor"),
-        *(pytest.param("linear_loss", case, "aot_eager", marks=pytest.mark.nightly) for case in BASES),
-        ("linear_token_stats", "sft", "aot_eager"),
+        pytest.param("linear_loss", "sigmoid", "aot_eager", marks=needs_traces),
+        pytest.param("linear_loss", "dapo-all", "aot_eager", marks=needs_traces),
+        pytest.param("linear_loss", "simpo", "inductor", marks=needs_traces),
+        *(pytest.param("linear_loss", case, "aot_eager", marks=[pytest.mark.nightly, needs_traces]) for case in BASES),
+        pytest.param("linear_token_stats", "sft", "aot_eager", marks=needs_traces),
         ("token_stats", "sft", "aot_eager"),
     ],
 )
@@ -87,6 +90,7 @@ SPLITS = [
 ]
 
 
+@needs_traces
 @pytest.mark.parametrize("split", SPLITS)
 def test_fullgraph_with_a_split(split):
     torch._dynamo.reset()
@@ -106,6 +110,7 @@ def test_fullgraph_with_a_split(split):
         assert relative_error(a, b) < 1e-11
 
 
+@needs_traces
 def test_fullgraph_with_a_plan_of_packed_sequences():
     torch._dynamo.reset()
     problem = Problem(losses.create("sigmoid"))
@@ -133,7 +138,11 @@ def test_fullgraph_with_a_plan_of_packed_sequences():
 
 
 # of linear_loss, test_all_that_varies_is_no_guard varies everything at once
-OPERATIONS = [pytest.param("linear_loss", marks=pytest.mark.nightly), "linear_token_stats", "token_stats"]
+OPERATIONS = [
+    pytest.param("linear_loss", marks=[pytest.mark.nightly, needs_traces]),
+    pytest.param("linear_token_stats", marks=needs_traces),
+    "token_stats",
+]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -197,6 +206,7 @@ def test_temperatures_that_vary_are_no_guards(operation):
     assert count[0] <= 2
 
 
+@needs_traces
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", ["sigmoid", "dapo", "kto"])
 def test_batch_sizes_that_vary_are_no_guards(case):
@@ -220,6 +230,7 @@ def test_batch_sizes_that_vary_are_no_guards(case):
     assert count[0] <= 2
 
 
+@needs_traces
 @pytest.mark.parametrize("case", ["sigmoid", pytest.param("dapo", marks=pytest.mark.nightly)])
 def test_all_that_varies_is_no_guard(case):
     """Batch size, length, temperature and the schedule of a split."""
@@ -245,6 +256,7 @@ def test_all_that_varies_is_no_guard(case):
     assert count[0] <= 2
 
 
+@needs_traces
 @pytest.mark.nightly
 def test_schedules_of_a_split_are_no_guards():
     torch._dynamo.reset()
@@ -278,3 +290,18 @@ def test_opcheck(outputs):
     values, anchors = torch.randn(3, 2, 3, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     arguments = (logits.detach(), labels, temperatures, 1.0, 12.0, 1.1, anchors, *values, None)
     torch.library.opcheck(torch.ops.fused_po.token_stats_backward, arguments)
+
+
+@pytest.mark.parametrize("operation", ["linear_loss", "linear_token_stats"])
+def test_older_versions_whose_gradient_would_be_0_are_refused(operation, monkeypatch):
+    """As a whole graph; otherwise the call is left out of the graph, and its gradient right."""
+    monkeypatch.setattr(checks, "TRACES", False)
+    torch._dynamo.reset()
+    problem = Problem(create("sigmoid" if operation == "linear_loss" else "sft"))
+    function = step(operation, problem)
+    with pytest.raises(RuntimeError, match=f"{operation} under torch.compile needs torch 2.13 or later"):
+        torch.compile(function, fullgraph=True, backend="eager")(*problem.leaves)
+    torch._dynamo.reset()
+    got, want = (f(*problem.leaves) for f in (torch.compile(function, backend="aot_eager"), function))
+    for a, b in zip(*(torch.autograd.grad(loss, problem.leaves) for loss in (got, want)), strict=True):
+        assert relative_error(a, b) < 1e-11
